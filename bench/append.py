@@ -308,7 +308,7 @@ def main() -> None:
 def machine() -> dict[str, str | int | None]:
     """Return what the figures were measured with."""
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
