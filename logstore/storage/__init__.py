@@ -1,0 +1,21 @@
+"""The log engine: streams of bytes with ids, durable, shared by processes. It knows nothing of MCP, JSON or HTTP."""
+
+from logstore.storage.log import Health, Log, LogStats, Sessions
+from logstore.storage.options import Durability, LogOptions, WriteFailurePolicy
+from logstore.storage.record import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
+from logstore.storage.registry import Session
+
+__all__ = [
+    "FLAG_FINAL",
+    "FLAG_MODEL",
+    "FLAG_PRIMING",
+    "Durability",
+    "Event",
+    "Health",
+    "Log",
+    "LogOptions",
+    "LogStats",
+    "Session",
+    "Sessions",
+    "WriteFailurePolicy",
+]

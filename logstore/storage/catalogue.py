@@ -1,0 +1,404 @@
+"""The catalogue: a SQLite index over the segments, made to be opened with other tools.
+
+It is derived: journals, segments and the registry restore all of it. Only the holder of the store's checkpoint lock
+writes it, and only that holder moves SQLite's own write-ahead log into the database: SQLite up to 3.51.2 can corrupt
+a database when two connections do that and write at the same moment.
+
+The tables are made and migrated with sqlite-utils, so that `sqlite-utils tables events.db` or Datasette show something
+pleasant; the two statements that insert a row an event are plain `executemany`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote
+
+from sqlite_utils import Database, Migrations
+
+from logstore.errors import FormatVersionError, NotAStoreError
+
+APPLICATION_ID: Final = 0x4C4F4753
+"""`LOGS`: marks the SQLite file as ours, see `PRAGMA application_id`."""
+SCHEMA_VERSION: Final = 1
+_WAL_BYTES: Final = 4 << 20
+_BUSY_TIMEOUT_S: Final = 10.0
+
+_migrations = Migrations("logstore")
+
+
+@_migrations(name="0001_tables")
+def _make_tables(db: Database) -> None:
+    db.table("streams").create(
+        {"stream_id": int, "name": str, "created_at": str}, pk="stream_id", not_null={"name"}
+    ).create_index(["name"], unique=True)
+    db.table("segments").create(
+        {
+            "segment_id": int,
+            "stream_id": int,
+            "file": str,
+            "bytes": int,
+            "events": int,
+            "first_id": int,
+            "last_id": int,
+            "sealed": int,
+            "sha256": str,
+            "created_at": str,
+        },
+        pk="segment_id",
+        foreign_keys=[("stream_id", "streams", "stream_id")],
+    )
+    db.table("events").create(
+        {"event_id": int, "stream_id": int, "segment_id": int, "offset": int, "length": int},
+        pk="event_id",
+        foreign_keys=[("stream_id", "streams", "stream_id"), ("segment_id", "segments", "segment_id")],
+    )
+    db.table("extents").create(
+        {
+            "stream_id": int,
+            "first_id": int,
+            "last_id": int,
+            "segment_id": int,
+            "offset": int,
+            "length": int,
+            "events": int,
+            "first_time_us": int,
+            "last_time_us": int,
+        },
+        # Read by `last_id`; the third makes room for runs that overlap after a reindex.
+        pk=("stream_id", "last_id", "first_id"),
+        foreign_keys=[("stream_id", "streams", "stream_id"), ("segment_id", "segments", "segment_id")],
+    )
+    db.table("journals").create({"lane": int, "ordinal": int}, pk=("lane", "ordinal"))
+    db.table("sessions").create(
+        {"session_hash": str, "incarnation": int, "opened_at": str, "ended_at": str}, pk="session_hash"
+    )
+    db.table("damage").create(
+        {"file": str, "offset": int, "length": int, "lost_events": int, "reason": str, "kept_in": str, "found_at": str},
+        pk=("file", "offset"),
+    )
+    db.create_view(
+        "stream_summary",
+        """
+        select streams.stream_id, streams.name, sum(extents.events) as events, sum(extents.length) as bytes,
+               min(extents.first_id) as first_id, max(extents.last_id) as last_id,
+               datetime(min(extents.first_time_us) / 1000000, 'unixepoch') as first_event,
+               datetime(max(extents.last_time_us) / 1000000, 'unixepoch') as last_event
+        from streams join extents using (stream_id) group by streams.stream_id
+        """,
+    )
+    db.create_view(
+        "segment_health",
+        """
+        select segments.segment_id, segments.file, segments.bytes, segments.events, segments.sealed,
+               coalesce(streams.name, '(pack)') as stream,
+               coalesce((select sum(length) from extents where extents.segment_id = segments.segment_id), 0)
+                   as live_bytes
+        from segments left join streams using (stream_id)
+        """,
+    )
+
+
+class EventRow(NamedTuple):
+    """Where one event lies."""
+
+    event_id: int
+    stream_id: int
+    segment_id: int
+    offset: int
+    length: int
+
+
+class Extent(NamedTuple):
+    """A contiguous run of one stream in one segment."""
+
+    stream_id: int
+    first_id: int
+    last_id: int
+    segment_id: int
+    offset: int
+    length: int
+    events: int
+    first_time_us: int
+    last_time_us: int
+
+
+class SegmentRow(NamedTuple):
+    """A segment as the checkpoint leaves it."""
+
+    segment_id: int
+    stream_id: int | None
+    file: str
+    bytes: int
+    events: int
+    first_id: int
+    last_id: int
+    sealed: bool
+    sha256: str | None
+
+
+class StreamSummary(NamedTuple):
+    """Totals of one stream; ids as text, times in microseconds since 1970."""
+
+    stream: str
+    events: int
+    first_id: str
+    last_id: str
+    first_time_us: int
+    last_time_us: int
+    bytes: int
+
+
+def iso_now() -> str:
+    """Return the time as the catalogue writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def connect(path: Path, *, write: bool) -> sqlite3.Connection:
+    """Open the database with the settings that every connection of ours has."""
+    mode = "rwc" if write else "ro"
+    # Statements of any thread, one at a time, under the lock of the object that owns the connection.
+    connection = sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=_BUSY_TIMEOUT_S,
+    )
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    if write:
+        # The checkpoint deletes journals on the word of a commit.
+        connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def inspect_file(path: Path) -> str:
+    """Tell what stands at the path of the catalogue: `absent`, `ours` or `damaged`.
+
+    Raises:
+        NotAStoreError: A folder, or a database of another program.
+        FormatVersionError: Written by a newer release.
+    """
+    if path.is_dir():
+        raise NotAStoreError(f"{path} is a folder; give the path of the catalogue file, such as {path / 'events.db'}")
+    if not path.exists() or path.stat().st_size == 0:
+        return "absent"
+    try:
+        with contextlib.closing(connect(path, write=False)) as connection:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError:
+        return "damaged"
+    if application == 0 and not tables:
+        return "absent"
+    if application != APPLICATION_ID:
+        raise NotAStoreError(
+            f"{path} is a SQLite database of another program (tables: {', '.join(sorted(tables)) or 'none'}); "
+            "nothing was written to it. Give another path, or import it into a new store"
+        )
+    if version > SCHEMA_VERSION:
+        raise FormatVersionError(
+            f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore"
+        )
+    return "ours"
+
+
+class Catalogue:
+    """The index of one open store.
+
+    Two connections: one that only the checkpoint's thread uses and writes with, one for reads by any thread.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._read_lock = threading.Lock()
+        self._inode = 0
+
+    def open(self) -> None:
+        """Open the database, make or migrate its tables; the caller holds the checkpoint lock.
+
+        Raises:
+            sqlite3.Error: The file is damaged, or the disk refuses.
+        """
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.close(fd)
+        self._writer = connect(self.path, write=True)
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        database = Database(self._writer)
+        if _migrations.pending(database):
+            _migrations.apply(database)
+            self._writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._reader = connect(self.path, write=False)
+        self._inode = self.path.stat().st_ino
+
+    def close(self) -> None:
+        """Close both connections; the caller holds the checkpoint lock, since SQLite may end its WAL here."""
+        with self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    connection.close()
+            self._reader = self._writer = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the path holds another file than the one that is open, or none."""
+        try:
+            return self.path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+    @property
+    def _write(self) -> sqlite3.Connection:
+        assert self._writer is not None, "the catalogue is not open"
+        return self._writer
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what the block wrote: on return it is on disk; an error undoes all of it."""
+        connection = self._write
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+    def add_streams(self, names: Sequence[str]) -> list[int]:
+        """Return the numbers of streams, in the order given, adding those that are new."""
+        connection = self._write
+        now = iso_now()
+        connection.executemany(
+            "INSERT OR IGNORE INTO streams (name, created_at) VALUES (?, ?)", ((name, now) for name in names)
+        )
+        query = "SELECT stream_id FROM streams WHERE name = ?"
+        return [connection.execute(query, (name,)).fetchone()[0] for name in names]
+
+    def add_events(self, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
+        """Add rows `(event_id, stream_id, segment_id, offset, length)`; ids that are there already stay."""
+        self._write.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", rows)
+
+    def add_extents(self, extents: Iterable[Extent]) -> None:
+        """Add runs; one that is there already stays."""
+        self._write.executemany("INSERT OR IGNORE INTO extents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", extents)
+
+    def put_segments(self, rows: Iterable[SegmentRow]) -> None:
+        """Add segments, or say how they have grown."""
+        now = iso_now()
+        self._write.executemany(
+            """
+            INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO UPDATE SET
+            bytes = excluded.bytes, events = excluded.events, first_id = min(first_id, excluded.first_id),
+            last_id = max(last_id, excluded.last_id), sealed = excluded.sealed, sha256 = excluded.sha256
+            """,
+            ((*row, now) for row in rows),
+        )
+
+    def seal_segments(self, rows: Iterable[tuple[int, str]]) -> None:
+        """Note `(segment_id, sha256)` of segments that will not grow any more."""
+        self._write.executemany(
+            "UPDATE segments SET sealed = 1, sha256 = ? WHERE segment_id = ?",
+            ((digest, number) for number, digest in rows),
+        )
+
+    def add_journals(self, journals: Iterable[tuple[int, int]]) -> None:
+        """Note `(lane, ordinal)` of journal files whose events are all in segments."""
+        self._write.executemany("INSERT OR IGNORE INTO journals VALUES (?, ?)", journals)
+
+    def forget_journals(self, journals: Iterable[tuple[int, int]]) -> None:
+        """Drop the notes of journal files that are surely gone from the disk."""
+        self._write.executemany("DELETE FROM journals WHERE lane = ? AND ordinal = ?", journals)
+
+    def checkpointed_journals(self, lane: int) -> set[int]:
+        """Return the ordinals of a lane's journal files whose events are all in segments."""
+        return {row[0] for row in self._write.execute("SELECT ordinal FROM journals WHERE lane = ?", (lane,))}
+
+    def add_damage(self, file: str, offset: int, length: int, lost: int | None, reason: str, kept_in: str) -> None:
+        """Note a damaged place."""
+        self._write.execute(
+            "INSERT OR REPLACE INTO damage VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (file, offset, length, lost, reason, kept_in, iso_now()),
+        )
+
+    def put_sessions(self, rows: Iterable[tuple[str, int, int, int | None]]) -> None:
+        """Copy sessions `(session_hash, incarnation, opened_us, ended_us)` from the registry."""
+        self._write.executemany(
+            """
+            INSERT OR REPLACE INTO sessions
+            VALUES (?, ?, datetime(? / 1000000, 'unixepoch'), datetime(? / 1000000, 'unixepoch'))
+            """,
+            rows,
+        )
+
+    def shrink_wal(self) -> None:
+        """Move SQLite's write-ahead log into the database once it is long; the caller holds the checkpoint lock."""
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        if wal.exists() and wal.stat().st_size > _WAL_BYTES:
+            self._write.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        with self._read_lock:
+            assert self._reader is not None, "the catalogue is not open"
+            return self._reader.execute(sql, arguments).fetchall()
+
+    def last_id(self) -> int:
+        """Return the highest event id in the index, 0 when it is empty."""
+        return int(self._query("SELECT coalesce(max(event_id), 0) FROM events")[0][0])
+
+    def stream_of(self, event_id: int) -> str | None:
+        """Return the stream of an event."""
+        rows = self._query("SELECT name FROM events JOIN streams USING (stream_id) WHERE event_id = ?", (event_id,))
+        return str(rows[0][0]) if rows else None
+
+    def extents(self, stream: str, after: int, limit: int) -> list[Extent]:
+        """Return the first runs of a stream that reach beyond the id `after`, in order."""
+        return [
+            Extent(*row)
+            for row in self._query(
+                """
+                SELECT extents.* FROM extents JOIN streams USING (stream_id)
+                WHERE streams.name = ? AND last_id > ? ORDER BY first_id LIMIT ?
+                """,
+                (stream, after, limit),
+            )
+        ]
+
+    def event(self, event_id: int) -> EventRow | None:
+        """Return where an event lies."""
+        rows = self._query("SELECT * FROM events WHERE event_id = ?", (event_id,))
+        return EventRow(*rows[0]) if rows else None
+
+    def segment_sizes(self) -> dict[int, int]:
+        """Return the committed length in bytes of every segment."""
+        return dict(self._query("SELECT segment_id, bytes FROM segments"))
+
+    def summaries(self) -> list[StreamSummary]:
+        """Return the totals of every stream in segments."""
+        rows = self._query(
+            """
+            SELECT name, sum(events), min(first_id), max(last_id), min(first_time_us), max(last_time_us), sum(length)
+            FROM streams JOIN extents USING (stream_id) GROUP BY stream_id
+            """
+        )
+        return [StreamSummary(row[0], row[1], str(row[2]), str(row[3]), *row[4:]) for row in rows]
+
+    def totals(self) -> tuple[int, int, int]:
+        """Return the number of streams, of events, and the bytes of the segments."""
+        row = self._query(
+            """
+            SELECT (SELECT count(*) FROM streams), (SELECT coalesce(sum(events), 0) FROM extents),
+                   (SELECT coalesce(sum(bytes), 0) FROM segments)
+            """
+        )[0]
+        return int(row[0]), int(row[1]), int(row[2])

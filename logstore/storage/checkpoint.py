@@ -1,0 +1,264 @@
+"""The checkpoint: journalled events go to per-stream segments and into the catalogue, then the journals go.
+
+In that order, each step on disk before the next begins: segment bytes, their folder, the catalogue's commit, the
+unlink. A crash in between leaves either journals whose events are not indexed, which are taken again, or journals that
+the catalogue knows to be done with, which are only removed.
+
+A file for every stream would cost a sync each, and an inode for each of a million three-event streams: the largest
+runs go to files of their own stream, the rest to one pack, each stream contiguous in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, repeat
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
+from logstore.storage.files import Disk
+from logstore.storage.header import KIND_SEGMENT, FileHeader, new_salt
+from logstore.storage.ids import IdGenerator
+from logstore.storage.lane import journal_path
+from logstore.storage.record import decode_frame
+from logstore.storage.segment import SegmentWriter
+from logstore.storage.tail import Run
+
+_STREAM_FILES: Final = 128
+"""Most streams that get a file of their own in one checkpoint: each is a sync."""
+_OWN_FILE_BYTES: Final = 64 << 10
+"""Smallest run that begins a file of its own."""
+
+
+class Journal(NamedTuple):
+    """A journal file that a checkpoint empties."""
+
+    folder: Path
+    lane: int
+    ordinal: int
+
+
+class _Segment:
+    """A segment being written, and its totals."""
+
+    def __init__(self, writer: SegmentWriter, stream: str | None) -> None:
+        self.writer = writer
+        self.stream = stream
+        self.events = 0
+        self.first_id = 0
+        self.last_id = 0
+
+    def append(self, run: Run) -> _Placed:
+        data = b"".join(run.frames)
+        offset = self.writer.append(data)
+        self.events += len(run.ids)
+        self.first_id = min(self.first_id or run.ids[0], run.ids[0])
+        self.last_id = max(self.last_id, run.ids[-1])
+        return _Placed(run, self.writer.number, offset, len(data))
+
+    def row(self, stream_id: int | None, sealed: bool) -> SegmentRow:
+        return SegmentRow(
+            segment_id=self.writer.number,
+            stream_id=stream_id,
+            file=f"segments/{self.writer.path.name}",
+            bytes=self.writer.end,
+            events=self.events,
+            first_id=self.first_id,
+            last_id=self.last_id,
+            sealed=sealed,
+            sha256=self.writer.sha256 if sealed else None,
+        )
+
+
+class _Placed(NamedTuple):
+    """Where a run lies now."""
+
+    run: Run
+    segment: int
+    offset: int
+    length: int
+
+    def events(self, stream_id: int) -> Iterator[tuple[int, int, int, int, int]]:
+        lengths = [len(frame) for frame in self.run.frames]
+        offsets = accumulate(lengths[:-1], initial=self.offset)
+        return zip(self.run.ids, repeat(stream_id), repeat(self.segment), offsets, lengths, strict=False)
+
+    def extent(self, stream_id: int) -> Extent:
+        ids, frames = self.run.ids, self.run.frames
+        return Extent(
+            stream_id=stream_id,
+            first_id=ids[0],
+            last_id=ids[-1],
+            segment_id=self.segment,
+            offset=self.offset,
+            length=self.length,
+            events=len(ids),
+            first_time_us=decode_frame(frames[0]).time_us,
+            last_time_us=decode_frame(frames[-1]).time_us,
+        )
+
+
+class SegmentStore:
+    """Writes events to segments and the catalogue, one checkpoint at a time, under the checkpoint lock.
+
+    It goes on only in segments that it began itself: what an earlier process left behind, perhaps with bytes that no
+    catalogue knows of, stays as it is.
+
+    Args:
+        disk: The file door.
+        root: The log folder.
+        catalogue: The open catalogue.
+        store_id: Of the store.
+        incarnation: Of the lane that this process writes.
+        numbers: Where segment numbers come from.
+        segment_bytes: Size at which a segment is sealed.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        root: Path,
+        catalogue: Catalogue,
+        *,
+        store_id: int,
+        incarnation: int,
+        numbers: IdGenerator,
+        segment_bytes: int,
+    ) -> None:
+        self._disk = disk
+        self._root = root
+        self._catalogue = catalogue
+        self._store_id = store_id
+        self._incarnation = incarnation
+        self._numbers = numbers
+        self._segment_bytes = segment_bytes
+        self._open: dict[str, _Segment] = {}
+        self._unlinked: list[tuple[int, int]] = []
+
+    def write(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
+        """Store runs durably, index them, and remove the journals that they came from.
+
+        Args:
+            runs: Events by stream, ascending ids; a stream comes once.
+            journals: Files that hold these events and no others.
+            now_us: The time.
+
+        Raises:
+            OSError: The disk refused; nothing is indexed and the journals are still there.
+            sqlite3.Error: The catalogue refused; likewise.
+        """
+        try:
+            self._store(runs, journals, now_us)
+        except BaseException:
+            # What the open segments hold past their indexed length is not known: they end here.
+            self._close_all()
+            raise
+        for journal in journals:
+            self._disk.unlink(journal_path(journal.folder, journal.ordinal))
+        for folder in {journal.folder for journal in journals}:
+            self._disk.sync_folder(folder)
+        self._unlinked += [(journal.lane, journal.ordinal) for journal in journals]
+        self._catalogue.shrink_wal()
+
+    def _store(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
+        by_size = sorted(runs, key=lambda run: -sum(map(len, run.frames)))
+        placed: list[_Placed] = []
+        touched: list[_Segment] = []
+        before = len(self._open)
+        for run in by_size[:_STREAM_FILES]:
+            segment = self._segment_of(run, now_us)
+            if segment is not None:
+                touched.append(segment)
+                placed.append(segment.append(run))
+        pack: _Segment | None = None
+        if len(placed) < len(by_size):
+            own = {segment.stream for segment in touched}
+            pack = self._begin_segment(None, now_us)
+            touched.append(pack)
+            placed += [pack.append(run) for run in by_size if run.stream not in own]
+        for segment in touched:
+            segment.writer.sync()
+        if pack is not None or len(self._open) > before:
+            self._disk.sync_folder(self._root / "segments")
+        finished = [segment for segment in self._open.values() if segment.writer.end >= self._segment_bytes]
+        # Streams that have not written for longest make room: few files stay open however many streams there are.
+        idle = [segment for segment in self._open.values() if segment not in touched]
+        finished += idle[: max(0, len(self._open) - 2 * _STREAM_FILES)]
+        self._index(placed, touched, finished, journals)
+        if pack is not None:
+            pack.writer.close()
+        for segment in finished:
+            segment.writer.close()
+            assert segment.stream is not None
+            del self._open[segment.stream]
+
+    def _segment_of(self, run: Run, now_us: int) -> _Segment | None:
+        """Return the stream's own segment, begun when the run is worth one, or None for the pack."""
+        segment = self._open.pop(run.stream, None)
+        if segment is None:
+            if sum(map(len, run.frames)) < _OWN_FILE_BYTES:
+                return None
+            segment = self._begin_segment(run.stream, now_us)
+        # The order of this dictionary is that of the last use.
+        self._open[run.stream] = segment
+        return segment
+
+    def _begin_segment(self, stream: str | None, now_us: int) -> _Segment:
+        while True:
+            header = FileHeader(
+                kind=KIND_SEGMENT,
+                store_id=self._store_id,
+                salt=new_salt(),
+                number=self._numbers.next(now_us),
+                incarnation=self._incarnation,
+            )
+            try:
+                return _Segment(SegmentWriter(self._disk, self._root, header), stream)
+            except FileExistsError:
+                # Left by a process that died before it was indexed, on a clock that was ahead.
+                continue
+
+    def _index(
+        self,
+        placed: Sequence[_Placed],
+        touched: Sequence[_Segment],
+        finished: Sequence[_Segment],
+        journals: Sequence[Journal],
+    ) -> None:
+        """Make the events findable and the journals superfluous, in one commit."""
+        catalogue = self._catalogue
+        with catalogue.transaction():
+            names = [place.run.stream for place in placed]
+            stream_ids = dict(zip(names, catalogue.add_streams(names), strict=True))
+            streams = [stream_ids[place.run.stream] for place in placed]
+            catalogue.put_segments(
+                segment.row(
+                    stream_ids[segment.stream] if segment.stream is not None else None,
+                    sealed=segment.stream is None or segment in finished,
+                )
+                for segment in touched
+            )
+            catalogue.seal_segments(
+                (segment.writer.number, segment.writer.sha256) for segment in finished if segment not in touched
+            )
+            for place, stream_id in zip(placed, streams, strict=True):
+                catalogue.add_events(place.events(stream_id))
+            catalogue.add_extents(place.extent(sid) for place, sid in zip(placed, streams, strict=True))
+            catalogue.add_journals((journal.lane, journal.ordinal) for journal in journals)
+            forgotten, self._unlinked = self._unlinked, []
+            catalogue.forget_journals(forgotten)
+
+    def close(self) -> None:
+        """Seal the segments that are open; the caller holds the checkpoint lock."""
+        if self._open or self._unlinked:
+            with self._catalogue.transaction():
+                self._catalogue.seal_segments(
+                    (segment.writer.number, segment.writer.sha256) for segment in self._open.values()
+                )
+                self._catalogue.forget_journals(self._unlinked)
+        self._close_all()
+
+    def _close_all(self) -> None:
+        for segment in self._open.values():
+            segment.writer.close()
+        self._open.clear()

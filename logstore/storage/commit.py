@@ -1,0 +1,560 @@
+"""Group commit: whatever queued while the last sync ran goes out as one write and one sync.
+
+The event loop owns all state and hands the journal's thread one job at a time, so that neither needs a lock. An event
+costs one future and no thread hop of its own.
+
+When the disk fails, the file that failed is given up and its events are written again to a new file, under the same
+ids, as soon as one can be had. Until then events are volatile: in bounded memory, seen in this process, and told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosedError, WriteFailedError
+from logstore.storage.lane import Lane
+from logstore.storage.options import LogOptions
+from logstore.storage.record import Event, encode_frame
+from logstore.storage.tail import Generation, StreamTail, Tail, memory_of
+from logstore.storage.worker import Job, Worker
+
+logger = logging.getLogger("logstore")
+
+MAX_STREAM_BYTES: Final = 512
+_FIRST_RETRY_S: Final = 0.05
+_LAST_RETRY_S: Final = 5.0
+_REWRITE_EVENTS: Final = 2_000
+_SLOW_COMMIT_S: Final = 1.0
+
+
+class Failure(NamedTuple):
+    """Why the journal cannot be written, and since when (microseconds since 1970)."""
+
+    reason: str
+    since_us: int
+
+
+class _Batch:
+    """Events queued for one commit, in step, and who waits for it."""
+
+    __slots__ = ("frames", "ids", "owners", "waiters")
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.frames: list[bytes] = []
+        self.owners: list[StreamTail] = []
+        self.waiters: list[asyncio.Future[None]] = []
+
+    def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        self.ids += ids
+        self.frames += frames
+        self.owners += owners
+
+    def release(self, error: Exception | None = None) -> None:
+        """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                if error is None:
+                    waiter.set_result(None)
+                else:
+                    waiter.set_exception(error)
+
+
+class GroupCommit:
+    """Takes events from many tasks and makes them durable together.
+
+    Args:
+        lane: The lane to write.
+        tail: Where events become visible.
+        options: Settings.
+        seed: Start value of the frames' checksums.
+        others: Returns a number that changes when another lane has written.
+        on_visible: Called with the streams of events that became visible.
+        on_sealed: Called when a journal file is finished.
+
+    Attributes:
+        failure: Set while the journal cannot be written.
+        stuck: Why journals cannot be emptied into segments, None while they can; set by the checkpoint.
+        appended: Events that became visible.
+        commits: Batches written.
+        last_error: What failed last, also after it mended.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        tail: Tail,
+        options: LogOptions,
+        seed: int,
+        *,
+        others: Callable[[], int],
+        on_visible: Callable[[Sequence[StreamTail]], None],
+        on_sealed: Callable[[], None],
+    ) -> None:
+        self._lane = lane
+        self._tail = tail
+        self._options = options
+        self._seed = seed
+        self._others = others
+        self._on_visible = on_visible
+        self._on_sealed = on_sealed
+        self._sync_each = options.durability == "always"
+        self._raises = options.on_write_failure == "raise"
+        self._limit = min(options.journal_bytes, options.memory_bytes // 2)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker = Worker("logstore-journal")
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._pending = _Batch()
+        self._scheduled = False
+        self._busy = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._closed = False
+        # Events that are visible and in no journal file; the first `_protected_bytes` of them were acknowledged as
+        # written to the operating system and are not dropped for want of memory.
+        self._unwritten: Generation | None = None
+        self._protected = 0
+        self._protected_bytes = 0
+        self._retry_s = _FIRST_RETRY_S
+        self.failure: Failure | None = None
+        self.stuck: str | None = None
+        self.appended = 0
+        self.commits = 0
+        self.last_error: str | None = None
+
+    # Appending.
+
+    async def append(self, stream: str, payload: bytes, flags: int) -> int:
+        """Append one event and return its id; durable on return as the options say."""
+        if self._loop is not asyncio.get_running_loop() or not self._room.is_set():
+            await self._ready()
+        now_us = time.time_ns() // 1000
+        owner = self._tail.streams.get(stream) or self._begin_stream(stream)
+        event_id = self._lane.ids.next(now_us)
+        frame = self._encode(Event(event_id, owner.last, now_us, stream, flags, payload))
+        owner.last = event_id
+        if self.failure is not None:
+            self._append_volatile([event_id], [frame], [owner])
+        elif not self._sync_each and self._can_write_now(event_id):
+            self._write_now([event_id], [frame], [owner])
+        else:
+            pending = self._pending
+            pending.ids.append(event_id)
+            pending.frames.append(frame)
+            pending.owners.append(owner)
+            await self._commit_of(pending)
+        return event_id
+
+    async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[int]:
+        """Append events in one commit and return their ids in the order given; all of them or none."""
+        if not items:
+            return []
+        if self._loop is not asyncio.get_running_loop() or not self._room.is_set():
+            await self._ready()
+        now_us = time.time_ns() // 1000
+        owners = [self._tail.streams.get(stream) or self._begin_stream(stream) for stream, _, _ in items]
+        last = {owner: owner.last for owner in owners}
+        ids: list[int] = []
+        frames: list[bytes] = []
+        # Nothing is queued before all of it is encoded: one message that cannot be stored refuses the whole call.
+        for owner, (stream, payload, flags) in zip(owners, items, strict=True):
+            event_id = self._lane.ids.next(now_us)
+            frames.append(self._encode(Event(event_id, last[owner], now_us, stream, flags, payload)))
+            ids.append(event_id)
+            last[owner] = event_id
+        for owner, newest in last.items():
+            owner.last = newest
+        if self.failure is not None:
+            self._append_volatile(ids, frames, owners)
+        elif not self._sync_each and self._can_write_now(ids[-1]):
+            self._write_now(ids, frames, owners)
+        else:
+            self._pending.add(ids, frames, owners)
+            await self._commit_of(self._pending)
+        return ids
+
+    def _encode(self, event: Event) -> bytes:
+        try:
+            return encode_frame(event, self._seed)
+        except ValueError as error:
+            raise InvalidMessageError("$", str(error)) from error
+
+    def _begin_stream(self, name: str) -> StreamTail:
+        try:
+            size = len(name.encode())
+        except UnicodeEncodeError:
+            raise InvalidStreamError(f"the stream name {name[:80]!r} holds half of a surrogate pair") from None
+        if not 0 < size <= MAX_STREAM_BYTES:
+            raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
+        if not name.isprintable():
+            raise InvalidStreamError(f"the stream name {name[:80]!r} holds a character that does not print")
+        return self._tail.stream(name, self._others())
+
+    async def _ready(self) -> None:
+        """Take up the running loop, and wait for room in the journal while that helps."""
+        self.bind()
+        while not (self._room.is_set() or self._closed or self.failure or self.stuck):
+            await self._room.wait()
+        if self._closed:
+            raise StoreClosedError("the store is closed")
+        if not self._room.is_set() and self.failure is None:
+            self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
+        if self.failure is not None and self._raises:
+            raise self._refusal()
+
+    def bind(self) -> None:
+        """Serve the running loop; an earlier one must be closed."""
+        running = asyncio.get_running_loop()
+        if self._loop is running:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise StoreClosedError("the store is used from two event loops at once; open one store for each")
+        self._loop = running
+        self._room = _event(self._room.is_set())
+        self._worker.bind(running)
+        self._scheduled = False
+        self._schedule()
+        self._timers.clear()
+        if self._tail.generations:
+            self._timer("sync", self._options.sync_interval_s, self._start_sync)
+            self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
+            self._timer("rewrite", self._retry_s, self._start_rewrite)
+
+    async def _commit_of(self, batch: _Batch) -> None:
+        assert self._loop is not None
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        batch.waiters.append(waiter)
+        if not self._scheduled:
+            self._schedule()
+        await waiter
+
+    # Committing in batches.
+
+    def _schedule(self) -> None:
+        """Hand the queue over once every task that runs in this turn of the loop has added to it."""
+        if not self._scheduled and not self._busy and self._pending.ids and self._loop is not None:
+            self._scheduled = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._scheduled = False
+        if self._busy or not self._pending.ids:
+            return
+        batch, self._pending = self._pending, _Batch()
+        self._give(lambda: self._commit(batch), lambda result: self._committed(batch, result))
+
+    def _commit(self, batch: _Batch) -> int:
+        """Write one batch, in the journal's thread, and return the ordinal of the file that has it."""
+        lane = self._lane
+        started = time.monotonic()
+        if lane.journal is not None and lane.journal.end >= self._options.journal_file_bytes:
+            lane.rotate()
+        lane.write(batch.frames, batch.ids[-1])
+        assert lane.journal is not None
+        if self._sync_each:
+            lane.sync(lane.journal.align())
+        lane.show()
+        took_s = time.monotonic() - started
+        if took_s > _SLOW_COMMIT_S:
+            logger.warning("a commit to %s took %.1f s: the disk is slow", lane.journal.path, took_s)
+        return lane.journal.header.number
+
+    def _committed(self, batch: _Batch, result: int | BaseException) -> None:
+        if isinstance(result, BaseException):
+            self._fail(result, batch)
+            return
+        self._show(self._current(result), batch.ids, batch.frames, batch.owners)
+        batch.release()
+
+    def _current(self, ordinal: int) -> Generation:
+        """Return the generation of the file just written; the ones before it are finished."""
+        generation = self._tail.generation(ordinal)
+        for earlier in self._tail.generations:
+            if earlier is not generation and not earlier.sealed:
+                self._seal(earlier)
+        return generation
+
+    def _seal(self, generation: Generation) -> None:
+        generation.synced = len(generation.ids)
+        generation.sealed = True
+        self._on_sealed()
+
+    def _show(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        """Make events visible that the journal has."""
+        self._tail.show(generation, ids, frames, owners)
+        self.appended += len(ids)
+        self.commits += 1
+        if self._sync_each:
+            generation.synced = len(generation.ids)
+        elif self._options.durability == "interval":
+            self._timer("sync", self._options.sync_interval_s, self._start_sync)
+        self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
+        if self._tail.unsegmented_bytes > self._limit:
+            self._room.clear()
+            self.rotate()
+        self._on_visible(owners)
+
+    # Writing inside the call, in `interval` and `os` mode: three times the rate of a commit at the end of the turn.
+
+    def _can_write_now(self, event_id: int) -> bool:
+        file_bytes = self._options.journal_file_bytes
+        return not self._busy and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
+
+    def _write_now(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        lane = self._lane
+        try:
+            lane.write(frames, ids[-1])
+        except OSError as error:
+            batch = _Batch()
+            batch.add(ids, frames, owners)
+            self._fail(error, batch)
+            if self._raises:
+                raise self._refusal() from error
+            return
+        lane.show()
+        assert lane.journal is not None
+        self._show(self._tail.generation(lane.journal.header.number), ids, frames, owners)
+
+    def _start_sync(self) -> None:
+        generations = self._tail.generations
+        if self.failure is not None or not generations or generations[-1].sealed:
+            return
+        if self._busy:
+            self._timer("sync", self._options.sync_interval_s, self._start_sync)
+            return
+        lane, generation = self._lane, generations[-1]
+
+        def sync() -> None:
+            assert lane.journal is not None
+            lane.sync(lane.journal.align())
+
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                self._fail(error, _Batch())
+            else:
+                generation.synced = len(generation.ids)
+
+        # Appends queue meanwhile: a write beside a sync could fail into it.
+        self._give(sync, done)
+
+    def rotate(self) -> None:
+        """Finish the journal file, so that a checkpoint can take it."""
+        generations = self._tail.generations
+        if self.failure is not None or not generations or generations[-1].sealed:
+            return
+        if self._busy:
+            self._timer("rotate", _FIRST_RETRY_S, self.rotate)
+            return
+        self._give(self._lane.rotate, self._rotated)
+
+    def _rotated(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail(error, _Batch())
+            return
+        for generation in self._tail.generations:
+            if not generation.sealed:
+                self._seal(generation)
+
+    def room_changed(self) -> None:
+        """Let appends look again whether there is room: a checkpoint has emptied journals, or could not."""
+        self._room.set()
+        if self._closed or self._tail.unsegmented_bytes > self._limit:
+            self._room.clear()
+
+    # Failing, and coming back.
+
+    @property
+    def volatile_events(self) -> int:
+        """Events that are in memory only."""
+        return len(self._unwritten.ids) if self._unwritten is not None else 0
+
+    def _refusal(self) -> WriteFailedError:
+        assert self.failure is not None
+        return WriteFailedError(f"the event was not stored: {self.failure.reason}")
+
+    def _fail(self, error: BaseException, batch: _Batch) -> None:
+        """Note that the journal failed, and decide what becomes of everything that it may not hold."""
+        if not isinstance(error, OSError):
+            logger.error("the journal's thread failed", exc_info=error)
+        first, self.failure = self.failure is None, self.failure or Failure(str(error), time.time_ns() // 1000)
+        self.last_error = str(error)
+        self._set_unwritten_apart()
+        queued, self._pending = self._pending, _Batch()
+        for failed in (batch, queued):
+            if self._raises:
+                for owner in failed.owners:
+                    # The refused ids were never shown: the next event must not name one as its predecessor.
+                    owner.last = owner.ids[-1] if owner.ids else 0
+                failed.release(self._refusal())
+            else:
+                self._append_volatile(failed.ids, failed.frames, failed.owners)
+                failed.release()
+        if first:
+            logger.error(
+                "the journal in %s cannot be written: %s. Until it can, %s",
+                self._lane.folder,
+                error,
+                "appends raise" if self._raises else "new events are kept in memory only",
+            )
+            self._retry_s = _FIRST_RETRY_S
+            self._timer("rewrite", self._retry_s, self._start_rewrite)
+        self.room_changed()
+
+    def _set_unwritten_apart(self) -> None:
+        """Gather the visible events that the disk is not known to hold: they are to be written to a new file."""
+        unwritten = self._unwritten or Generation(0)
+        for generation in reversed(self._tail.generations):
+            if generation is not unwritten and not generation.sealed:
+                moved = len(generation.ids) - generation.synced
+                self._protected += moved
+                self._protected_bytes += memory_of(generation.frames[generation.synced :])
+                self._tail.move_unsynced(generation, unwritten)
+                self._seal(generation)
+        if self._unwritten is None:
+            self._tail.generations.append(unwritten)
+            self._unwritten = unwritten
+
+    def _append_volatile(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        """Make events visible that no disk holds; past the bound the oldest of them go."""
+        unwritten = self._unwritten
+        assert unwritten is not None
+        self._tail.show(unwritten, ids, frames, owners)
+        self.appended += len(ids)
+        excess = unwritten.bytes - self._protected_bytes - self._options.volatile_bytes
+        surplus = 0
+        while excess > 0:
+            excess -= memory_of([unwritten.frames[self._protected + surplus]])
+            surplus += 1
+        if surplus:
+            self._tail.forget(unwritten, self._protected, surplus)
+        self._on_visible(owners)
+
+    def _start_rewrite(self) -> None:
+        """Try to write everything that no file holds to a new one."""
+        unwritten = self._unwritten
+        if unwritten is None:
+            return
+        if self._busy:
+            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            return
+        if self.stuck is not None and self._tail.unsegmented_bytes - unwritten.bytes > self._limit:
+            self._rewritten(0, OSError(self.stuck))
+            return
+        ids, frames, fresh = list(unwritten.ids), list(unwritten.frames), self.failure is not None
+        last_id = ids[-1] if ids else 0
+        self._give(lambda: self._rewrite(ids, frames, fresh), lambda result: self._rewritten(last_id, result))
+
+    def _rewrite(self, ids: list[int], frames: list[bytes], fresh: bool) -> int:
+        """Write events that no file holds, in the journal's thread; `fresh` to a new file after a failure."""
+        lane = self._lane
+        if fresh:
+            lane.abandon()
+        try:
+            # Without events an empty batch shows whether the disk works.
+            for start in range(0, max(1, len(ids)), _REWRITE_EVENTS):
+                part = slice(start, start + _REWRITE_EVENTS)
+                lane.write(frames[part], ids[part][-1] if ids else 0)
+            assert lane.journal is not None
+            lane.sync(lane.journal.align())
+        except BaseException:
+            if fresh:
+                lane.discard()
+            raise
+        lane.show()
+        return lane.journal.header.number
+
+    def _rewritten(self, last_id: int, result: int | BaseException) -> None:
+        """Go back to normal; events that came while the thread wrote follow in another round, and new ones wait."""
+        if isinstance(result, BaseException):
+            self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+            self._fail(result, _Batch())
+            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            return
+        unwritten = self._unwritten
+        assert unwritten is not None
+        self._unwritten = None
+        self._protected = self._protected_bytes = 0
+        rest = self._tail.written(unwritten, last_id, result)
+        if self.failure is not None:
+            logger.warning("the journal in %s is written again", self._lane.folder)
+            self.failure = None
+        if rest.ids:
+            self._unwritten = rest
+            self._start_rewrite()
+        self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
+        self.room_changed()
+
+    # The journal's thread, and time.
+
+    def _give(self, job: Job, done: Callable[[Any], None]) -> None:
+        """Run a job that needs the journal for itself."""
+        self._busy = True
+
+        def finish(result: Any) -> None:
+            self._busy = False
+            done(result)
+            self._schedule()
+
+        self._worker.give(job, finish)
+
+    def _timer(self, name: str, delay_s: float, action: Callable[[], None]) -> None:
+        """Run an action later, unless one of that name waits already."""
+        if name in self._timers or self._loop is None or self._closed:
+            return
+
+        def fire() -> None:
+            del self._timers[name]
+            action()
+
+        self._timers[name] = self._loop.call_later(delay_s, fire)
+
+    async def close(self) -> None:
+        """Commit what is queued, finish the journal, end the thread.
+
+        A journal that fails to the end leaves what it holds to the next opening; what is in memory only is lost, and
+        logged.
+        """
+        self.bind()
+        self._closed = True
+        # Who waits for room is woken, and whoever comes now is sent the same way: to be told that the store is closed.
+        self._room.set()
+        self._room.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        while self._busy or self._pending.ids:
+            self._schedule()
+            await self._turn()
+        if self._unwritten is not None:
+            self._start_rewrite()
+            while self._busy:
+                await self._turn()
+        if self.volatile_events:
+            logger.error("%d events were in memory only and are lost: %s", self.volatile_events, self.last_error)
+        self.rotate()
+        while self._busy:
+            await self._turn()
+        self._worker.stop()
+
+    def disown(self) -> None:
+        """Refuse everything in a forked child, which has neither the thread nor the lane."""
+        self._closed = True
+        self._room.clear()
+
+    async def _turn(self) -> None:
+        """Wait until the journal's thread has done what it was given."""
+        assert self._loop is not None
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._worker.give(lambda: None, lambda _: turn.set_result(None))
+        await turn
+
+
+def _event(is_set: bool) -> asyncio.Event:
+    event = asyncio.Event()
+    if is_set:
+        event.set()
+    return event

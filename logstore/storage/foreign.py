@@ -1,0 +1,222 @@
+"""The other lanes: what other processes wrote and no checkpoint has taken yet, read without locks.
+
+A lane's visible mark says how far one may read. Journals are read as they grow and their events' places remembered; a
+journal that is gone has been checkpointed, its events are in the catalogue.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from logstore.errors import DamageError
+from logstore.storage.files import Disk
+from logstore.storage.header import HEADER_BYTES
+from logstore.storage.journal import JournalReader, read_header
+from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path, lane_folders
+from logstore.storage.record import decode_frame, iter_frames
+
+_COLLECTS: Final = 1_000
+"""Tries at two equal looks at all marks; each look is microseconds, a commit hundreds of them."""
+
+
+_CLOCK_TICK_NS: Final = 1_000_000_000
+"""More than the resolution of any file system's times."""
+
+
+class _Spot(NamedTuple):
+    """Where an event lies in a journal."""
+
+    event_id: int
+    offset: int
+    length: int
+
+
+class _Journal:
+    """One journal of another lane, as far as it was read."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self._disk = disk
+        self._fd = disk.open(path)
+        try:
+            encoded = disk.read(self._fd, HEADER_BYTES, 0)
+            self.header = read_header(disk, self._fd, path)
+        except BaseException:
+            disk.close(self._fd)
+            raise
+        self._reader = JournalReader(self.header, encoded)
+        self.streams: dict[str, list[_Spot]] = {}
+        self.ids: dict[int, str] = {}
+
+    def read_on(self, end: int | None) -> set[str]:
+        """Read the batches up to `end`, or to the end of the file, and return the streams that grew."""
+        start = self._reader.offset
+        stop = self._disk.size(self._fd) if end is None else end
+        grown: set[str] = set()
+        if stop <= start:
+            return grown
+        data = self._disk.read(self._fd, stop - start, start)
+        for batch in self._reader.batches(data, start):
+            body = batch.end - len(batch.body)
+            for offset, frame in iter_frames(batch.body, self.header.seed):
+                event = decode_frame(frame)
+                self.streams.setdefault(event.stream, []).append(_Spot(event.id, body + offset, len(frame)))
+                self.ids[event.id] = event.stream
+                grown.add(event.stream)
+        return grown
+
+    def frames(self, stream: str, after: int) -> list[bytes]:
+        """Return the frames of a stream's events above an id."""
+        spots = [spot for spot in self.streams.get(stream, ()) if spot.event_id > after]
+        return [self._disk.read(self._fd, spot.length, spot.offset) for spot in spots]
+
+    def close(self) -> None:
+        self._disk.close(self._fd)
+
+
+class _Lane:
+    """Another process's lane."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self.folder = folder
+        self.marks = Marks(disk, folder)
+        self.journals: dict[int, _Journal] = {}
+        self.newest = 0
+
+    def pin(self) -> set[str]:
+        """Open the journals that are there, so that they can be read even when a checkpoint removes them.
+
+        Returns:
+            The streams that grew in journals that were removed since: their events are in the catalogue now.
+        """
+        grown: set[str] = set()
+        ordinals = set(journal_ordinals(self._disk, self.folder))
+        for gone in self.journals.keys() - ordinals:
+            journal = self.journals.pop(gone)
+            grown |= journal.read_on(None)
+            journal.close()
+        for new in sorted(ordinals - self.journals.keys()):
+            try:
+                self.journals[new] = _Journal(self._disk, journal_path(self.folder, new))
+                self.newest = max(self.newest, new)
+            except (FileNotFoundError, DamageError):
+                # Checkpointed since, or only being made: nothing of it is visible.
+                continue
+        return grown
+
+    def read_on(self, visible: Place) -> set[str]:
+        """Read up to a mark and return the streams that grew."""
+        grown: set[str] = set()
+        ends = {journal.header.follows: journal.header.follows_end for journal in self.journals.values()}
+        for ordinal, journal in sorted(self.journals.items()):
+            if ordinal < visible.ordinal:
+                grown |= journal.read_on(ends.get(ordinal))
+            elif ordinal == visible.ordinal:
+                grown |= journal.read_on(visible.offset)
+        return grown
+
+    def missed(self, visible: Place) -> bool:
+        """Whether a journal came and went between two looks, so that nobody knows which streams grew."""
+        missed = visible.ordinal > self.newest
+        self.newest = max(self.newest, visible.ordinal)
+        return missed
+
+    def close(self) -> None:
+        for journal in self.journals.values():
+            journal.close()
+        self.marks.close()
+
+
+class Foreign:
+    """All lanes but the process's own; used by one thread at a time, but for `moves`.
+
+    Args:
+        disk: The file door.
+        root: The log folder.
+        own: Number of the lane that this process writes.
+    """
+
+    def __init__(self, disk: Disk, root: Path, own: int) -> None:
+        self._disk = disk
+        self._root = root
+        self._own = own
+        self._lanes: dict[int, _Lane] = {}
+        self._folder_time = -1
+        self._mutex = threading.Lock()
+        self._words: tuple[int, ...] = ()
+        self._moves = 0
+
+    def moves(self) -> int:
+        """Return a number that grows whenever another lane has become longer, or a lane was added."""
+        words = tuple(lane.marks.word for lane in self._all())
+        if words != self._words:
+            self._words = words
+            self._moves += 1
+        return self._moves
+
+    def _all(self) -> list[_Lane]:
+        """Return all other lanes, those included that were added since the last look."""
+        with self._mutex:
+            changed = os.stat(self._root / "lanes").st_mtime_ns
+            if changed != self._folder_time:
+                # A folder made within the clock's tick of the last change leaves the same time behind.
+                self._folder_time = changed if time.time_ns() - changed > _CLOCK_TICK_NS else -1
+                for number, folder in lane_folders(self._disk, self._root):
+                    if number != self._own and number not in self._lanes:
+                        self._lanes[number] = _Lane(self._disk, folder)
+            return list(self._lanes.values())
+
+    def read_on(self) -> tuple[set[str], bool]:
+        """Pin every lane and read all that is visible now.
+
+        The marks are looked at together: with those of one lane older than those of another, a stream that moved
+        between them would show its later events without the earlier ones.
+
+        Returns:
+            The streams that grew, and whether others may have grown too.
+        """
+        lanes = self._all()
+        grown: set[str] = set()
+        for lane in lanes:
+            grown |= lane.pin()
+        seen = [lane.marks.visible for lane in lanes]
+        for _ in range(_COLLECTS):
+            again = [lane.marks.visible for lane in lanes]
+            if again == seen:
+                break
+            seen = again
+        missed = False
+        for lane, visible in zip(lanes, seen, strict=True):
+            if visible.ordinal not in lane.journals:
+                # Begun since the look at the folder; or checkpointed, then there is nothing to open.
+                grown |= lane.pin()
+            missed |= lane.missed(visible)
+            grown |= lane.read_on(visible)
+        return grown, missed
+
+    def frames(self, stream: str, after: int) -> list[bytes]:
+        """Return a stream's events above an id, as far as `read_on` has read; in no order, perhaps some twice."""
+        return [
+            frame
+            for lane in self._lanes.values()
+            for journal in lane.journals.values()
+            for frame in journal.frames(stream, after)
+        ]
+
+    def stream_of(self, event_id: int) -> str | None:
+        """Return the stream of an event, as far as `read_on` has read."""
+        for lane in self._lanes.values():
+            for journal in lane.journals.values():
+                if (stream := journal.ids.get(event_id)) is not None:
+                    return stream
+        return None
+
+    def close(self) -> None:
+        """Close all files."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()

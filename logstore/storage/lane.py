@@ -1,0 +1,352 @@
+"""A lane: the journal folder of one open store, held by a lock.
+
+```
+lanes/0003/lock                    flock of the process that writes here; never unlinked
+lanes/0003/state                   reservation: no id or ordinal at or above it was given out
+lanes/0003/marks                   mapped: how far readers may read, how far the disk has it
+lanes/0003/0000000042.journal      journal files, named by an ordinal that is never used twice
+```
+
+The lock is the only sign of life: the kernel releases it with the process, there is no heartbeat to miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import google_crc32c
+
+from logstore.errors import StoreLockedError
+from logstore.storage import ids
+from logstore.storage.files import Disk, Lock
+from logstore.storage.header import KIND_JOURNAL, FileHeader, new_salt
+from logstore.storage.journal import PAGE_BYTES, JournalWriter
+
+_SUFFIX: Final = ".journal"
+_STATE: Final = struct.Struct("<QQI")
+_STATE_SLOTS: Final = (0, PAGE_BYTES)
+
+RESERVE_AHEAD_MS: Final = 2_000
+_RESERVE_ORDINALS: Final = 64
+
+
+class Place(NamedTuple):
+    """A place in a lane: everything in files of smaller ordinals, and this one up to `offset`."""
+
+    ordinal: int
+    offset: int
+
+
+NOWHERE: Final = Place(0, 0)
+
+
+@functools.cache
+def boot_id() -> bytes:
+    """Return 16 bytes that change when the machine restarts; what only the page cache held is gone then."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        # macOS has no such file; the parent of all processes starts with the machine.
+        text = str(os.stat("/dev").st_ctime_ns) if sys.platform == "darwin" else ""
+    return bytes.fromhex(text.strip().replace("-", ""))[:16] if "-" in text else text.encode()[:16].ljust(16, b"\0")
+
+
+class Marks:
+    """Two places of a lane in a small mapped file, each one aligned 64-bit word, read by others without locks.
+
+    | offset | size | field |
+    | --- | --- | --- |
+    | 0 | 8 | visible: acknowledged up to here (ordinal in the upper, offset in the lower half) |
+    | 8 | 8 | durable: on disk up to here |
+    | 16 | 16 | boot id of the machine when the lane was opened: `visible` is void after a restart of the machine |
+    | 32 | 8 | incarnation that writes, or wrote last |
+    """
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk = disk
+        self._path = folder / "marks"
+        fd = disk.open(self._path, create=True)
+        try:
+            # Several processes may do this at once, so nothing is written.
+            disk.extend(fd, PAGE_BYTES)
+            self._map = mmap.mmap(fd, PAGE_BYTES)
+        finally:
+            disk.close(fd)
+        # A cast view stores a word in one instruction; struct's "<Q" writes it byte by byte.
+        self._words = memoryview(self._map).cast("Q")
+
+    @property
+    def word(self) -> int:
+        """The visible mark as one number, to see whether it moved."""
+        return int(self._words[0])
+
+    @property
+    def visible(self) -> Place:
+        """Up to where readers may read; `NOWHERE` when the machine was restarted since."""
+        return _place(self._words[0]) if self.valid else NOWHERE
+
+    @property
+    def durable(self) -> Place:
+        """Up to where the disk is known to hold the lane: a witness, never too far."""
+        return _place(self._words[1])
+
+    @property
+    def valid(self) -> bool:
+        """Whether the lane was last opened since the machine started."""
+        return self._map[16:32] == boot_id()
+
+    @property
+    def incarnation(self) -> int:
+        """The opening that writes the lane, or wrote it last."""
+        return int(self._words[4])
+
+    def begin(self, incarnation: int) -> None:
+        """Start a new incarnation of the lane: nothing is visible yet."""
+        page = bytes(16) + boot_id() + incarnation.to_bytes(8, sys.byteorder)
+        fd = self._disk.open(self._path, write=True)
+        try:
+            # Written, not only mapped: a store into a mapped page that has no block kills the process on a full disk.
+            self._disk.write(fd, page.ljust(PAGE_BYTES, b"\0"), 0)
+        finally:
+            self._disk.close(fd)
+
+    def show(self, ordinal: int, offset: int) -> None:
+        """Let readers read up to the given place."""
+        self._words[0] = ordinal << 32 | offset
+
+    def witness(self, ordinal: int, offset: int) -> None:
+        """Tell recovery that the disk holds the lane up to the given place."""
+        self._words[1] = ordinal << 32 | offset
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._words.release()
+        self._map.close()
+
+
+def _place(word: int) -> Place:
+    return Place(word >> 32, word & 0xFFFFFFFF)
+
+
+def journal_ordinals(disk: Disk, folder: Path) -> list[int]:
+    """Return the ordinals of a lane's journal files, ascending."""
+    names = (name.removesuffix(_SUFFIX) for name in disk.list(folder) if name.endswith(_SUFFIX))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def journal_path(folder: Path, ordinal: int) -> Path:
+    """Return the path of a lane's journal file."""
+    return folder / f"{ordinal:010d}{_SUFFIX}"
+
+
+def lane_folders(disk: Disk, root: Path) -> Iterator[tuple[int, Path]]:
+    """Yield number and folder of every lane that ever was."""
+    for name in sorted(disk.list(root / "lanes")):
+        if name.isdigit():
+            yield int(name), root / "lanes" / name
+
+
+class Reservation(NamedTuple):
+    """Bounds that no id and no ordinal of a lane has reached."""
+
+    event_id: int
+    ordinal: int
+
+
+def read_reservation(disk: Disk, folder: Path) -> Reservation:
+    """Return the newest whole reservation of a lane, zeros when there is none.
+
+    Two slots are written in turn, so a torn write leaves the one before.
+    """
+    try:
+        fd = disk.open(folder / "state")
+    except FileNotFoundError:
+        return Reservation(0, 0)
+    try:
+        slots = [disk.read(fd, _STATE.size, offset) for offset in _STATE_SLOTS]
+    finally:
+        disk.close(fd)
+    found = Reservation(0, 0)
+    for data in slots:
+        if len(data) == _STATE.size:
+            event_id, ordinal, checksum = _STATE.unpack(data)
+            if checksum == google_crc32c.value(data[:-4]):
+                found = max(found, Reservation(event_id, ordinal))
+    return found
+
+
+class Lane:
+    """The lane that this process writes.
+
+    Made by `Lane.acquire`. The journal methods run in one thread at a time, that of the group commit; `write` may also
+    run on the loop while that thread does no more than `sync`.
+
+    Attributes:
+        number: Number of the lane.
+        folder: Its folder.
+        ids: Where its event ids come from.
+        incarnation: An id that no other opening of any lane has.
+        journal: The file being written, None before the first event and after a rotation.
+    """
+
+    def __init__(self, disk: Disk, folder: Path, number: int, lock: Lock, store_id: int) -> None:
+        self._disk = disk
+        self._lock = lock
+        self._store_id = store_id
+        self.folder = folder
+        self.number = number
+        self.marks = Marks(disk, folder)
+        self.ids = ids.IdGenerator(number)
+        self.incarnation = 0
+        self.journal: JournalWriter | None = None
+        self._reserved = read_reservation(disk, folder)
+        existing = journal_ordinals(disk, folder)
+        self._ordinal = max(self._reserved.ordinal, existing[-1] + 1 if existing else 1)
+        self._slot = 0
+        self._last_place = NOWHERE
+
+    @classmethod
+    def acquire(cls, disk: Disk, root: Path, store_id: int) -> Lane:
+        """Take the first lane that nobody holds.
+
+        Raises:
+            StoreLockedError: All lanes are held.
+        """
+        for number in range(ids.LANE_COUNT):
+            folder = root / "lanes" / f"{number:04d}"
+            disk.make_folder(folder)
+            if (lock := disk.lock(folder / "lock")) is not None:
+                try:
+                    return cls(disk, folder, number, lock, store_id)
+                except BaseException:
+                    lock.release()
+                    raise
+        raise StoreLockedError(f"all {ids.LANE_COUNT} lanes of {root} are held by open stores; close some")
+
+    def begin(self, floor: int, now_us: int) -> None:
+        """Draw an incarnation, above `floor` and above everything this lane ever gave out.
+
+        Before the first write what an earlier incarnation left must be adopted, then `marks.begin` called.
+        """
+        self.ids.advance(max(floor, self._reserved.event_id))
+        self.incarnation = self.ids.next(now_us)
+        self.reserve(self.incarnation)
+
+    @property
+    def reserved_id(self) -> int:
+        """Ids below this one may be written without another sync."""
+        return self._reserved.event_id
+
+    def reserve(self, event_id: int) -> None:
+        """Return when the disk knows that ids past `event_id` may be given out."""
+        self._write_state(Reservation(ids.later(event_id, RESERVE_AHEAD_MS), self._ordinal + _RESERVE_ORDINALS))
+
+    def _write_state(self, reservation: Reservation) -> None:
+        packed = struct.pack("<QQ", *reservation)
+        fd = self._disk.open(self.folder / "state", create=True)
+        try:
+            fresh = self._disk.size(fd) == 0
+            self._disk.write(fd, packed + google_crc32c.value(packed).to_bytes(4, "little"), _STATE_SLOTS[self._slot])
+            self._disk.sync(fd)
+        finally:
+            self._disk.close(fd)
+        if fresh:
+            self._disk.sync_folder(self.folder)
+        self._slot ^= 1
+        self._reserved = reservation
+
+    def write(self, frames: Sequence[bytes], last_id: int) -> None:
+        """Write one batch to the journal, which is begun when there is none.
+
+        Args:
+            frames: The events, in id order.
+            last_id: The id of the last of them.
+
+        Raises:
+            OSError: The disk refused; the file must be given up with `abandon`.
+        """
+        if last_id >= self._reserved.event_id:
+            self.reserve(last_id)
+        if self.journal is None:
+            self._begin_journal()
+        assert self.journal is not None
+        self.journal.write(frames)
+
+    def can_write_inline(self, last_id: int, file_bytes: int) -> bool:
+        """Whether `write` would do without a sync and without a new file."""
+        return self.journal is not None and self.journal.end < file_bytes and last_id < self._reserved.event_id
+
+    def _begin_journal(self) -> None:
+        if self._ordinal >= self._reserved.ordinal:
+            self.reserve(self._reserved.event_id)
+        header = FileHeader(
+            kind=KIND_JOURNAL,
+            store_id=self._store_id,
+            salt=new_salt(),
+            number=self._ordinal,
+            incarnation=self.incarnation,
+            follows=self._last_place.ordinal,
+            follows_end=self._last_place.offset,
+        )
+        # The ordinal is spent even when the file cannot be made: half of it may be there.
+        self._ordinal += 1
+        self.journal = JournalWriter(self._disk, journal_path(self.folder, header.number), header)
+
+    def sync(self, end: int) -> None:
+        """Return when the journal is on disk up to `end`, which its `align` returned."""
+        assert self.journal is not None
+        self.journal.sync(end)
+        self.marks.witness(self.journal.header.number, end)
+
+    def rotate(self) -> None:
+        """Seal the journal; the next write begins a new one. On return the sealed file is on disk whole."""
+        if self.journal is not None:
+            self.journal.seal()
+            self._last_place = Place(self.journal.header.number, self.journal.end)
+            self.marks.witness(*self._last_place)
+            self.journal = None
+
+    def abandon(self) -> None:
+        """Give up a file that failed: the next one says that this one ends at its last good sync.
+
+        A failed sync is never repeated: the kernel marks the pages clean, so that the next one succeeds without
+        having written them.
+        """
+        if self.journal is not None:
+            self._last_place = Place(self.journal.header.number, max(self.journal.durable, PAGE_BYTES))
+            self.journal.close()
+            self.journal = None
+
+    def discard(self) -> None:
+        """Remove a file that failed before anything of it was acknowledged."""
+        if self.journal is not None:
+            self.journal.close()
+            path, self.journal = self.journal.path, None
+            # The disk fails already; the file holds nothing that another one does not.
+            with contextlib.suppress(OSError):
+                self._disk.unlink(path)
+
+    def show(self) -> None:
+        """Let other processes read what was written so far."""
+        if self.journal is not None:
+            self.marks.show(self.journal.header.number, self.journal.end)
+
+    def end(self) -> None:
+        """Give the lane back; its journal files, if any are left, wait for whoever opens the store next."""
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+        self.marks.close()
+        self._lock.release()
+
+    def settle(self) -> None:
+        """Shrink the reservation to what was used, so that the next opening begins at the clock."""
+        self._write_state(Reservation(self.ids.last + 1, self._ordinal))

@@ -1,0 +1,183 @@
+"""Reading a stream: own tail, other lanes, segments; merged by id.
+
+The order is what makes it whole: first the own tail is copied and the other lanes pinned, then the catalogue is asked.
+The other way round, what a checkpoint moves in between would be seen in neither place.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+from logstore.errors import DamageError, GapError
+from logstore.storage.catalogue import Catalogue, Extent
+from logstore.storage.files import Disk
+from logstore.storage.foreign import Foreign
+from logstore.storage.record import FRAME_HEADER, Event, decode_frame, frame_at, iter_frames
+from logstore.storage.segment import segment_path
+
+logger = logging.getLogger("logstore")
+
+_READ_BYTES: Final = 256 << 10
+_TRIES: Final = 3
+_EXTENTS: Final = 64
+
+_T = TypeVar("_T")
+
+
+class _Hole(NamedTuple):
+    """A place that should hold events and does not."""
+
+    after: int
+    reason: str
+
+
+class Reader:
+    """Reads what is on disk; used by one thread at a time.
+
+    Args:
+        disk: The file door.
+        root: The log folder.
+        catalogue: The index.
+        foreign: The other lanes.
+        seed: Start value of the frames' checksums.
+    """
+
+    def __init__(self, disk: Disk, root: Path, catalogue: Catalogue, foreign: Foreign, seed: int) -> None:
+        self._disk = disk
+        self._root = root
+        self._catalogue = catalogue
+        self._foreign = foreign
+        self._seed = seed
+
+    def stream_of(self, event_id: int) -> str | None:
+        """Return the stream of an event that is not in the own tail."""
+        self._foreign.read_on()
+        return self._foreign.stream_of(event_id) or self._asked(self._catalogue.stream_of, event_id)
+
+    def read(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> list[Event]:
+        """Return a stream's first events above an id, in order.
+
+        Args:
+            stream: Name of the stream.
+            after: The id that the reader holds, 0 for none.
+            limit: Most events to return.
+            own: Frames of the own tail, copied before this call.
+
+        Raises:
+            GapError: The next event existed and is gone.
+            DamageError: The catalogue cannot be read.
+        """
+        self._foreign.read_on()
+        events = {event.id: event for event in map(decode_frame, own)}
+        events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after)))
+        hole: _Hole | None = None
+        for attempt in range(_TRIES):
+            try:
+                found, hole = self._in_segments(stream, after, limit)
+                break
+            except FileNotFoundError as error:
+                # Compaction put another segment in its place; the catalogue knows by now.
+                if attempt == _TRIES - 1:
+                    raise GapError(stream, str(after), f"a segment is gone: {error.filename}") from error
+        events.update((event.id, event) for event in found)
+        merged = [events[event_id] for event_id in sorted(events)]
+        if hole is not None:
+            # An event that a segment has lost may still be in memory; the chain of predecessors tells.
+            known = [event for event in merged if event.id > hole.after]
+            if not known or known[0].prev != hole.after:
+                merged = [event for event in merged if event.id <= hole.after]
+                if not merged:
+                    raise GapError(stream, str(after), hole.reason)
+        return merged[:limit]
+
+    def _in_segments(self, stream: str, after: int, limit: int) -> tuple[list[Event], _Hole | None]:
+        """Return the first events above an id that the catalogue knows, up to the first that cannot be read."""
+        events: list[Event] = []
+        last = after
+        while len(events) < limit:
+            extents = self._asked(self._catalogue.extents, stream, last, _EXTENTS)
+            for extent in extents:
+                whole = self._extent(extent, last, limit - len(events), events)
+                last = max(last, events[-1].id if events else 0)
+                if not whole:
+                    path = segment_path(self._root, extent.segment_id)
+                    logger.error("%s: events of stream %r after %d cannot be read; run `logstore verify`", path, stream, last)
+                    return events, _Hole(last, f"{path} is damaged")
+                if len(events) >= limit:
+                    break
+                last = max(last, extent.last_id)
+            if len(extents) < _EXTENTS:
+                break
+        return events, None
+
+    def _extent(self, extent: Extent, after: int, limit: int, events: list[Event]) -> bool:
+        """Add an extent's events above an id to `events`; False when one that should be there is not."""
+        offset, end = extent.offset, extent.offset + extent.length
+        if after >= extent.first_id:
+            row = self._asked(self._catalogue.event, after)
+            if row is not None and row.segment_id == extent.segment_id:
+                offset = row.offset + row.length
+        fd = self._disk.open(segment_path(self._root, extent.segment_id))
+        try:
+            while offset < end and limit > 0:
+                frames = self._frames(fd, offset, end)
+                if not frames:
+                    return False
+                for frame in frames:
+                    offset += len(frame)
+                    event = decode_frame(frame)
+                    if event.id > after and limit > 0:
+                        events.append(event)
+                        limit -= 1
+        finally:
+            self._disk.close(fd)
+        return True
+
+    def _frames(self, fd: int, offset: int, end: int) -> list[bytes]:
+        """Return some whole frames from an offset on; none when the first is damaged."""
+        data = self._disk.read(fd, min(_READ_BYTES, end - offset), offset)
+        frames = [frame for _, frame in iter_frames(data, self._seed)]
+        if not frames and len(data) >= FRAME_HEADER.size:
+            length = FRAME_HEADER.size + FRAME_HEADER.unpack_from(data)[0]
+            if length <= end - offset:
+                frame = frame_at(self._disk.read(fd, length, offset), 0, self._seed)
+                return [frame] if frame is not None else []
+        return frames
+
+    def _asked(self, question: Callable[..., _T], *arguments: Any) -> _T:
+        """Ask the catalogue.
+
+        Raises:
+            DamageError: SQLite refused.
+        """
+        try:
+            return question(*arguments)
+        except sqlite3.Error as error:
+            raise DamageError(
+                self._catalogue.path, 0, 0, f"SQLite says: {error}; close the store, delete the file and open again"
+            ) from error
+
+
+def contiguous(stream: str, after: int, events: list[Event]) -> list[Event]:
+    """Return the events up to the first hole in the chain of predecessors.
+
+    Args:
+        stream: Name of the stream.
+        after: The id that the reader holds; 0 when it reads from the beginning, wherever retention has put that.
+        events: What was found, in order.
+
+    Raises:
+        GapError: The hole is before the first of them.
+    """
+    last = after
+    for place, event in enumerate(events):
+        if last and event.prev > last:
+            if place == 0:
+                raise GapError(stream, str(after), f"event {event.prev} is gone")
+            return events[:place]
+        last = event.id
+    return events

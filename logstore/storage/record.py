@@ -1,0 +1,117 @@
+"""One event as bytes: the record, and the frame around it.
+
+The frame is the same in a journal and in a segment, so that an event is encoded once and only copied after that:
+
+| offset | size | field |
+| --- | --- | --- |
+| 0 | 4 | length of the body in bytes, u32 little endian, 1 to `MAX_BODY_BYTES` |
+| 4 | 4 | CRC-32C of the body, started from the store's seed |
+| 8 | length | body: msgpack array `[event_id, prev, time_us, stream, flags, payload]` |
+
+The checksum starts from the store's seed, so a frame of another store does not pass; it names its stream and id, so
+that a segment alone says whose events it holds. The place in a journal is bound by the batch around it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import google_crc32c
+import msgspec
+
+FLAG_PRIMING: Final = 1
+"""An event without a message: stored so that its id can be resumed from, never replayed."""
+FLAG_MODEL: Final = 2
+"""The payload is the wire JSON of an SDK model; without it, of a plain dict."""
+FLAG_FINAL: Final = 4
+"""The response that ends a request's stream."""
+
+FRAME_HEADER: Final = struct.Struct("<II")
+_BODY_START: Final = b"\x96"
+"""First byte of every body: a msgpack array of six."""
+MAX_BODY_BYTES: Final = 64 << 20
+"""Bound on a length field that is to be believed; also the largest event."""
+
+
+class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One stored event.
+
+    Attributes:
+        id: Position in the total order; see `ids`.
+        prev: Id of the stream's previous event as far as its writer remembered, else 0.
+        time_us: Wall clock when it was appended, microseconds since 1970.
+        stream: Name of the stream.
+        flags: `FLAG_…` bits.
+        payload: What was stored, unchanged.
+    """
+
+    id: int
+    prev: int
+    time_us: int
+    stream: str
+    flags: int
+    payload: bytes
+
+    @property
+    def event_id(self) -> str:
+        """The id as clients see it."""
+        return str(self.id)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Event)
+
+_pack_header = FRAME_HEADER.pack
+_extend = google_crc32c.extend
+
+
+def encode_frame(event: Event, seed: int) -> bytes:
+    """Return the frame of one event.
+
+    Raises:
+        ValueError: The event is larger than `MAX_BODY_BYTES`.
+    """
+    body = _encoder.encode(event)
+    if len(body) > MAX_BODY_BYTES:
+        raise ValueError(f"an event of {len(body)} bytes is larger than the largest, {MAX_BODY_BYTES}")
+    return _pack_header(len(body), _extend(seed, body)) + body
+
+
+def decode_frame(frame: bytes) -> Event:
+    """Return the event of a frame whose checksum was verified when it was read."""
+    return _decoder.decode(memoryview(frame)[FRAME_HEADER.size :])
+
+
+def frame_at(data: bytes, offset: int, seed: int) -> bytes | None:
+    """Return the frame that begins at `offset`, or None when no valid one does."""
+    if offset + FRAME_HEADER.size > len(data):
+        return None
+    length, checksum = FRAME_HEADER.unpack_from(data, offset)
+    end = offset + FRAME_HEADER.size + length
+    if not 0 < length <= MAX_BODY_BYTES or end > len(data):
+        return None
+    frame = data[offset:end]
+    if _extend(seed, frame[FRAME_HEADER.size :]) != checksum:
+        return None
+    return frame
+
+
+def iter_frames(data: bytes, seed: int, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield `(offset, frame)` of the valid frames from `offset` on, up to the first invalid one."""
+    while (frame := frame_at(data, offset, seed)) is not None:
+        yield offset, frame
+        offset += len(frame)
+
+
+def salvage_frames(data: bytes, seed: int, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield `(offset, frame)` of the frames that are whole in a run of bytes, wherever damage lies between them."""
+    while (found := data.find(_BODY_START, offset + FRAME_HEADER.size)) >= 0:
+        offset = found - FRAME_HEADER.size
+        frame = frame_at(data, offset, seed)
+        if frame is None:
+            offset += 1
+        else:
+            yield offset, frame
+            offset += len(frame)

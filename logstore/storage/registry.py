@@ -1,0 +1,284 @@
+"""The registry: a small shared log of which process owns which session.
+
+`registry.log` is a file header and then entries, each a frame of its own:
+
+| offset | size | field |
+| --- | --- | --- |
+| 0 | 4 | length of the body in bytes, u32 little endian |
+| 4 | 4 | CRC-32C of the body, started from the file's salt |
+| 8 | length | body: msgpack array `[kind, key, incarnation, time_us, data]` |
+
+Every process reads it as it grows; an append happens under `registry.lock`, after a look at what others appended, and
+is on disk when it returns. When most entries are outdated the file is written anew and put in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import google_crc32c
+import msgspec
+
+from logstore.errors import DamageError
+from logstore.storage.files import Disk, Lock
+from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, FileHeader, decode_header, new_salt
+
+logger = logging.getLogger("logstore")
+
+_FRAME: Final = struct.Struct("<II")
+_MAX_ENTRY_BYTES: Final = 1 << 20
+_REWRITE_ENTRIES: Final = 10_000
+"""Outdated entries that make a rewrite worth it."""
+
+_OPENED: Final = 1
+_OWNED: Final = 2
+_ENDED: Final = 3
+
+
+class Session(NamedTuple):
+    """One session as the registry has it.
+
+    Attributes:
+        key: What the session is found by; a hash, never a secret.
+        incarnation: The opening of the store that owns it.
+        opened_us: When it was opened, microseconds since 1970.
+        data: What its opener wants to find again.
+    """
+
+    key: str
+    incarnation: int
+    opened_us: int
+    data: bytes
+
+
+class SessionChange(NamedTuple):
+    """A session as the catalogue shows it; times in microseconds since 1970."""
+
+    key: str
+    incarnation: int
+    opened_us: int
+    ended_us: int | None
+
+
+class _Entry(msgspec.Struct, array_like=True, frozen=True):
+    kind: int
+    key: str
+    incarnation: int
+    time_us: int
+    data: bytes
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Entry)
+
+
+def _seed(header: FileHeader) -> int:
+    return google_crc32c.value(header.salt.to_bytes(8, "little"))
+
+
+def _encode(entry: _Entry, seed: int) -> bytes:
+    body = _encoder.encode(entry)
+    return _FRAME.pack(len(body), google_crc32c.extend(seed, body)) + body
+
+
+class Registry:
+    """The sessions of a store, shared by all processes that have it open. Safe to call from any thread.
+
+    Args:
+        disk: The file door.
+        root: The log folder.
+    """
+
+    def __init__(self, disk: Disk, root: Path) -> None:
+        self._disk = disk
+        self._root = root
+        self._path = root / "registry.log"
+        self._mutex = threading.Lock()
+        self._fd = -1
+        self._header: FileHeader | None = None
+        self._end = 0
+        self._entries = 0
+        self._sessions: dict[str, Session] = {}
+        self._changed: dict[str, SessionChange] = {}
+
+    def open(self, store_id: int) -> int:
+        """Open the registry, made when there is none, and return the id of the store.
+
+        Args:
+            store_id: Id for a new store; an existing one keeps its own.
+
+        Raises:
+            DamageError: An entry that was on disk is bad.
+            FormatVersionError: A newer release wrote it.
+        """
+        with self._mutex, self._locked():
+            if not self._path.exists():
+                header = FileHeader(kind=KIND_REGISTRY, store_id=store_id, salt=new_salt())
+                self._disk.publish(self._path, header.encode())
+            self._reopen()
+            assert self._header is not None
+            return self._header.store_id
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._mutex:
+            if self._fd >= 0:
+                self._disk.close(self._fd)
+                self._fd = -1
+
+    def find(self, key: str) -> Session | None:
+        """Return a session that has not ended, as of now."""
+        with self._mutex:
+            self._catch_up()
+            return self._sessions.get(key)
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions that have not ended, oldest first."""
+        with self._mutex:
+            self._catch_up()
+            return list(self._sessions.values())
+
+    def open_session(self, key: str, incarnation: int, now_us: int, data: bytes) -> Session:
+        """Add a session; on return it is on disk."""
+        self._append(_Entry(_OPENED, key, incarnation, now_us, data))
+        return Session(key, incarnation, now_us, data)
+
+    def end_session(self, key: str, incarnation: int, now_us: int) -> None:
+        """End a session; on return that is on disk."""
+        self._append(_Entry(_ENDED, key, incarnation, now_us, b""))
+
+    def take_over(self, key: str, previous: int, incarnation: int, now_us: int) -> Session | None:
+        """Give a session to another owner, unless somebody else was faster.
+
+        Args:
+            key: The session.
+            previous: The owner that the caller found dead.
+            incarnation: The new owner.
+            now_us: The time.
+
+        Returns:
+            The session as it is now: check whose it is. None when it has ended.
+        """
+        with self._mutex, self._locked():
+            self._catch_up()
+            session = self._sessions.get(key)
+            if session is not None and session.incarnation == previous:
+                self._append_locked(_Entry(_OWNED, key, incarnation, now_us, b""))
+                session = self._sessions[key]
+            return session
+
+    def _append(self, entry: _Entry) -> None:
+        with self._mutex, self._locked():
+            self._catch_up()
+            self._append_locked(entry)
+
+    def _append_locked(self, entry: _Entry) -> None:
+        assert self._header is not None
+        if self._entries - len(self._sessions) > _REWRITE_ENTRIES:
+            self._rewrite()
+        data = _encode(entry, _seed(self._header))
+        # What a torn append left behind the end is written over: it was never acknowledged.
+        self._disk.write(self._fd, data, self._end)
+        self._disk.sync(self._fd)
+        self._end += len(data)
+        self._apply(entry)
+
+    def _rewrite(self) -> None:
+        """Put a file in place that holds what is valid and nothing else."""
+        assert self._header is not None
+        header = FileHeader(kind=KIND_REGISTRY, store_id=self._header.store_id, salt=new_salt())
+        seed = _seed(header)
+        entries = [_Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data) for each in
+                   self._sessions.values()]
+        self._disk.publish(self._path, header.encode() + b"".join(_encode(entry, seed) for entry in entries))
+        self._reopen()
+
+    def _locked(self) -> Lock:
+        lock = self._disk.lock(self._root / "registry.lock", wait=True)
+        assert lock is not None
+        return lock
+
+    def _reopen(self) -> None:
+        """Read the file that is in place now from its beginning."""
+        fd = self._disk.open(self._path, write=True)
+        try:
+            header = decode_header(self._disk.read(fd, HEADER_BYTES, 0), self._path, KIND_REGISTRY)
+        except BaseException:
+            self._disk.close(fd)
+            raise
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+        self._fd, self._header, self._end = fd, header, HEADER_BYTES
+        self._entries = 0
+        self._sessions.clear()
+        self._read_on()
+
+    def _catch_up(self) -> None:
+        """Read what other processes appended, or the file that one of them put in place."""
+        if self._replaced():
+            self._reopen()
+        else:
+            self._read_on()
+
+    def _replaced(self) -> bool:
+        try:
+            return self._path.stat().st_ino != self._disk.inode(self._fd)
+        except FileNotFoundError:
+            raise DamageError(self._path, 0, 0, "the registry is gone from under an open store") from None
+
+    def _read_on(self) -> None:
+        assert self._header is not None
+        size = self._disk.size(self._fd)
+        if size <= self._end:
+            return
+        data = self._disk.read(self._fd, size - self._end, self._end)
+        seed = _seed(self._header)
+        offset = 0
+        while (entry := _entry_at(data, offset, seed)) is not None:
+            self._apply(entry[0])
+            offset = entry[1]
+        self._end += offset
+        rest = data[offset:]
+        if any(_entry_at(rest, later, seed) for later in range(1, len(rest))):
+            raise DamageError(
+                self._path, self._end, len(rest), "an entry that was on disk does not match its checksum"
+            )
+
+    def _apply(self, entry: _Entry) -> None:
+        self._entries += 1
+        if entry.kind == _OPENED:
+            session = Session(entry.key, entry.incarnation, entry.time_us, entry.data)
+        else:
+            found = self._sessions.pop(entry.key, None)
+            if found is None:
+                return
+            session = found._replace(incarnation=entry.incarnation)
+        ended = entry.time_us if entry.kind == _ENDED else None
+        if ended is None:
+            self._sessions[entry.key] = session
+        self._changed[entry.key] = SessionChange(entry.key, session.incarnation, session.opened_us, ended)
+
+    def changes(self) -> list[SessionChange]:
+        """Return, once, the sessions that changed since the last call."""
+        with self._mutex:
+            self._catch_up()
+            changed, self._changed = self._changed, {}
+            return list(changed.values())
+
+
+def _entry_at(data: bytes, offset: int, seed: int) -> tuple[_Entry, int] | None:
+    """Return the entry at `offset` and where it ends, or None when none is whole there."""
+    if offset + _FRAME.size > len(data):
+        return None
+    length, checksum = _FRAME.unpack_from(data, offset)
+    start, end = offset + _FRAME.size, offset + _FRAME.size + length
+    if not 0 < length <= _MAX_ENTRY_BYTES or end > len(data):
+        return None
+    body = data[start:end]
+    if google_crc32c.extend(seed, body) != checksum:
+        return None
+    return _decoder.decode(body), end

@@ -1,0 +1,84 @@
+"""Segment files: the events of one stream, or of many small ones in a pack, for reading.
+
+A segment is a header and then frames, append-only; it grows only while its writer lives and is sealed at a size. The
+frames are the ones of the journal, copied without being encoded again. In a pack each stream's run is contiguous.
+A sealed segment never changes: its SHA-256 is in the catalogue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from logstore.storage.files import Disk
+from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, FileHeader, decode_header
+from logstore.storage.record import iter_frames
+
+_SUFFIX: Final = ".segment"
+
+
+def segment_path(root: Path, number: int) -> Path:
+    """Return the path of a segment."""
+    return root / "segments" / f"{number}{_SUFFIX}"
+
+
+def segment_numbers(disk: Disk, root: Path) -> list[int]:
+    """Return the numbers of all segment files, oldest first."""
+    names = (name.removesuffix(_SUFFIX) for name in disk.list(root / "segments") if name.endswith(_SUFFIX))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+class SegmentWriter:
+    """Appends runs of frames to one new segment; used by one thread at a time.
+
+    Attributes:
+        number: Number of the segment.
+        end: Its length so far, in bytes.
+    """
+
+    def __init__(self, disk: Disk, root: Path, header: FileHeader) -> None:
+        self._disk = disk
+        self.number = header.number
+        self.path = segment_path(root, header.number)
+        self._fd = disk.create(self.path)
+        self._digest = hashlib.sha256()
+        self.end = 0
+        try:
+            self.append(header.encode())
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, data: bytes) -> int:
+        """Write bytes at the end and return the offset where they begin; `sync` makes them durable."""
+        offset = self.end
+        self._disk.write(self._fd, data, offset)
+        self._digest.update(data)
+        self.end = offset + len(data)
+        return offset
+
+    def sync(self) -> None:
+        """Return when everything written is on disk; a new file also needs its folder synced."""
+        self._disk.sync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._disk.close(self._fd)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole file as written."""
+        return self._digest.hexdigest()
+
+
+def iter_segment(data: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield `(offset, frame)` of a whole segment up to its first invalid frame.
+
+    Raises:
+        DamageError: The header is bad.
+        FormatVersionError: A newer release wrote the file.
+    """
+    header = decode_header(data, path, KIND_SEGMENT)
+    return iter_frames(data, header.seed, HEADER_BYTES)

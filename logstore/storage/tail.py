@@ -1,0 +1,244 @@
+"""The tail: what this process keeps in memory of its own lane.
+
+Events not yet in segments, and the newest of each stream after that, which is the cache: one structure, so that the
+cache is in step with the log by construction. All methods run on the event loop, but for what says otherwise.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from typing import Final, NamedTuple
+
+_EVENT_OVERHEAD: Final = 150
+"""Bytes that an event in memory costs beside its frame: the objects and their places in lists."""
+_STREAM_OVERHEAD: Final = 600
+
+
+class StreamTail:
+    """The newest events of one stream, as far as this process wrote them.
+
+    Attributes:
+        name: Name of the stream.
+        ids: Their ids, ascending; every event of this lane since the first of them is here.
+        frames: Their frames, in step with `ids`.
+        last: Newest id given out for the stream, visible or not yet.
+        in_segments: How many of the oldest are in segments too.
+        lost: Highest id that was shown from memory and is gone, 0 for none.
+        others: What `Foreign.moves` was when the first event came: other lanes may hold newer ones if it moved since.
+    """
+
+    __slots__ = ("frames", "ids", "in_segments", "last", "lost", "name", "others")
+
+    def __init__(self, name: str, others: int) -> None:
+        self.name = name
+        self.ids: list[int] = []
+        self.frames: list[bytes] = []
+        self.last = 0
+        self.in_segments = 0
+        self.lost = 0
+        self.others = others
+
+    def after(self, event_id: int, limit: int) -> list[bytes]:
+        """Return the frames of the first events above an id."""
+        place = bisect_right(self.ids, event_id)
+        return self.frames[place : place + limit]
+
+    def covers(self, event_id: int) -> bool:
+        """Whether everything of this lane after the given event is here."""
+        return bool(self.ids) and event_id >= self.ids[0]
+
+
+class Generation:
+    """The events of one journal file, in the order of their ids.
+
+    Attributes:
+        ordinal: The journal's ordinal.
+        ids: Ids of its visible events.
+        frames: Their frames, in step.
+        owners: Their streams, in step.
+        synced: How many of the first are known to be on disk.
+        bytes: Memory that they take.
+        sealed: Whether the file is finished and on disk whole.
+    """
+
+    __slots__ = ("bytes", "frames", "ids", "ordinal", "owners", "sealed", "synced")
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.ids: list[int] = []
+        self.frames: list[bytes] = []
+        self.owners: list[StreamTail] = []
+        self.synced = 0
+        self.bytes = 0
+        self.sealed = False
+
+
+
+class Run(NamedTuple):
+    """The events of one stream that go to segments together."""
+
+    stream: str
+    ids: list[int]
+    frames: list[bytes]
+
+
+def memory_of(frames: list[bytes]) -> int:
+    """Return the bytes of memory that these events take."""
+    return sum(map(len, frames)) + _EVENT_OVERHEAD * len(frames)
+
+
+class Tail:
+    """All streams and generations in memory.
+
+    Args:
+        memory_bytes: Budget for everything; what is not in segments yet is bounded by the caller.
+        cached_events: Newest events of a stream to keep once they are in segments; the very newest always stays.
+    """
+
+    def __init__(self, memory_bytes: int, cached_events: int) -> None:
+        self._budget = memory_bytes
+        self._keep = max(1, cached_events)
+        self.streams: dict[str, StreamTail] = {}
+        self.generations: deque[Generation] = deque()
+        self._cached: deque[StreamTail] = deque()
+        self.bytes = 0
+        self.unsegmented_bytes = 0
+
+    def stream(self, name: str, others: int) -> StreamTail:
+        """Return the tail of a stream, begun when there is none."""
+        found = self.streams.get(name)
+        if found is None:
+            found = self.streams[name] = StreamTail(name, others)
+            self.bytes += _STREAM_OVERHEAD
+        return found
+
+    def generation(self, ordinal: int) -> Generation:
+        """Return the generation of the journal being written."""
+        if not self.generations or self.generations[-1].ordinal != ordinal:
+            self.generations.append(Generation(ordinal))
+        return self.generations[-1]
+
+    def show(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        """Make events of a journal visible."""
+        for event_id, frame, owner in zip(ids, frames, owners, strict=True):
+            owner.ids.append(event_id)
+            owner.frames.append(frame)
+        self.record(generation, ids, frames, owners)
+
+    def move_unsynced(self, source: Generation, target: Generation) -> None:
+        """Move the events that the disk is not known to hold to another generation, whose first they become."""
+        cut = source.ids[source.synced :], source.frames[source.synced :], source.owners[source.synced :]
+        del source.ids[source.synced :], source.frames[source.synced :], source.owners[source.synced :]
+        target.ids, target.frames, target.owners = (
+            cut[0] + target.ids,
+            cut[1] + target.frames,
+            cut[2] + target.owners,
+        )
+        size = memory_of(cut[1])
+        source.bytes -= size
+        target.bytes += size
+
+    def record(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        """Note in which journal file events are that are visible already, or are made so by the caller."""
+        generation.ids += ids
+        generation.frames += frames
+        generation.owners += owners
+        size = memory_of(frames)
+        generation.bytes += size
+        self.bytes += size
+        self.unsegmented_bytes += size
+
+    def written(self, unwritten: Generation, last_id: int, ordinal: int) -> Generation:
+        """Note that the events up to `last_id` are in a synced journal file; return a generation of the rest."""
+        self.generations.remove(unwritten)
+        place = bisect_right(unwritten.ids, last_id)
+        target = self.generation(ordinal)
+        target.ids += unwritten.ids[:place]
+        target.frames += unwritten.frames[:place]
+        target.owners += unwritten.owners[:place]
+        target.bytes += memory_of(unwritten.frames[:place])
+        target.synced = len(target.ids)
+        rest = Generation(unwritten.ordinal)
+        rest.ids, rest.frames, rest.owners = unwritten.ids[place:], unwritten.frames[place:], unwritten.owners[place:]
+        rest.bytes = memory_of(rest.frames)
+        if rest.ids:
+            self.generations.append(rest)
+        return rest
+
+    def stream_of(self, event_id: int) -> str | None:
+        """Return the stream of an event that is not in segments yet."""
+        for generation in self.generations:
+            place = bisect_right(generation.ids, event_id) - 1
+            if place >= 0 and generation.ids[place] == event_id:
+                return generation.owners[place].name
+        return None
+
+    def forget(self, generation: Generation, start: int, count: int) -> None:
+        """Drop events that no disk holds; a reader that needs them is told of the gap.
+
+        Args:
+            generation: Where they are.
+            start: Index of the first of them there.
+            count: How many; each must be the oldest of its stream that is in no segment.
+        """
+        end = start + count
+        for event_id, owner in zip(generation.ids[start:end], generation.owners[start:end], strict=True):
+            # What the stream's memory holds from before goes too: it begins behind the gap.
+            place = bisect_right(owner.ids, event_id)
+            self.bytes -= memory_of(owner.frames[:place])
+            del owner.ids[:place], owner.frames[:place]
+            owner.in_segments = 0
+            owner.lost = event_id
+        size = memory_of(generation.frames[start:end])
+        del generation.ids[start:end], generation.frames[start:end], generation.owners[start:end]
+        generation.bytes -= size
+        self.unsegmented_bytes -= size
+
+    def segmented(self, generations: list[Generation]) -> None:
+        """Note that generations are in segments now, and keep within the budget."""
+        for generation in generations:
+            self.generations.remove(generation)
+            self.unsegmented_bytes -= generation.bytes
+            last = generation.ids[-1] if generation.ids else 0
+            for owner in dict.fromkeys(generation.owners):
+                self._trim(owner, last)
+        while self.bytes > self._budget and self._cached:
+            self._evict(self._cached.popleft())
+
+    def _trim(self, owner: StreamTail, last: int) -> None:
+        """Keep the newest of a stream's events up to `last`, and queue it for eviction."""
+        owner.in_segments = bisect_right(owner.ids, last)
+        surplus = min(owner.in_segments, len(owner.ids) - self._keep)
+        if surplus > 0:
+            self._drop(owner, surplus)
+        self._cached.append(owner)
+
+    def _drop(self, owner: StreamTail, count: int) -> None:
+        self.bytes -= memory_of(owner.frames[:count])
+        del owner.ids[:count], owner.frames[:count]
+        owner.in_segments -= count
+
+    def _evict(self, owner: StreamTail) -> None:
+        """Drop what is in segments of a stream that had its turn."""
+        if self.streams.get(owner.name) is not owner or not owner.ids:
+            return
+        # An event on its way to the disk needs its stream's place here, and its successor finds it as `prev`.
+        idle = owner.ids[-1] == owner.last and not owner.lost
+        self._drop(owner, owner.in_segments)
+        if idle and not owner.ids:
+            del self.streams[owner.name]
+            self.bytes -= _STREAM_OVERHEAD
+
+    def runs(self, generations: list[Generation]) -> list[Run]:
+        """Group events by stream; called in the checkpoint's thread on sealed generations, which do not change."""
+        grouped: dict[StreamTail, Run] = {}
+        for generation in generations:
+            for event_id, frame, owner in zip(generation.ids, generation.frames, generation.owners, strict=True):
+                run = grouped.get(owner)
+                if run is None:
+                    run = grouped[owner] = Run(owner.name, [], [])
+                run.ids.append(event_id)
+                run.frames.append(frame)
+        return list(grouped.values())
+
