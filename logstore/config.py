@@ -1,0 +1,206 @@
+"""Settings of an event store: one object, four presets, and the environment."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypedDict, get_args
+
+from logstore.errors import ConfigurationError
+from logstore.storage.options import MIB, Durability, LogOptions, WriteFailurePolicy
+
+DEFAULT_DB_PATH: Final = "InternalStorage/events.db"
+MEMORY_DB_PATH: Final = ":memory:"
+"""A persistent store in a private folder that is made at first use and removed at close or exit."""
+
+
+@dataclass(frozen=True)
+class EventStoreConfig:
+    """Settings of an event store.
+
+    Attributes:
+        persistent: Whether events are kept on disk.
+        db_path: The SQLite catalogue; the log stands beside it in `<stem>-log/`. `:memory:` leaves nothing behind.
+        max_events_per_stream: Events of a stream that are kept.
+        retention_days: Age at which events go.
+        memory_cache_size: Newest events of a stream that stay in memory.
+        memory_cache_bytes: Budget for all events in memory.
+        backup_enabled: Whether backups are made on a schedule.
+        backup_interval_hours: Time between two of them.
+        backup_retention_days: Age at which backups go.
+        durability: What an event id in hand means: `always`, on disk; `interval`, written, and synced every
+            `sync_interval_s`; `os`, written.
+        sync_interval_s: See `durability`.
+        on_write_failure: While the disk fails, `degrade` serves from memory and says so; `raise` raises.
+    """
+
+    persistent: bool = True
+    db_path: str | os.PathLike[str] = DEFAULT_DB_PATH
+    max_events_per_stream: int = 1000
+    retention_days: int = 30
+    memory_cache_size: int = 100
+    memory_cache_bytes: int = 100 * MIB
+    backup_enabled: bool = False
+    backup_interval_hours: int = 24
+    backup_retention_days: int = 7
+    durability: Durability = "always"
+    sync_interval_s: float = 0.1
+    on_write_failure: WriteFailurePolicy = "degrade"
+
+    def __post_init__(self) -> None:
+        """Refuse what could not work, naming the field and what is allowed."""
+        for name, setting in _SETTINGS.items():
+            value = getattr(self, name)
+            if not setting.accepts(value):
+                raise ConfigurationError(f"{name} must be {setting.allowed}, not {value!r}")
+
+    def log_options(self) -> LogOptions:
+        """Return what the log engine needs of these settings."""
+        return LogOptions(
+            durability=self.durability,
+            on_write_failure=self.on_write_failure,
+            sync_interval_s=self.sync_interval_s,
+            memory_bytes=self.memory_cache_bytes,
+            cached_events_per_stream=self.memory_cache_size,
+        )
+
+
+class EngineSettings(TypedDict, total=False):
+    """The keywords that both stores take; see `EventStoreConfig`."""
+
+    max_events_per_stream: int
+    retention_days: int
+    memory_cache_size: int
+    memory_cache_bytes: int
+    backup_enabled: bool
+    backup_interval_hours: int
+    backup_retention_days: int
+    durability: Durability
+    sync_interval_s: float
+    on_write_failure: WriteFailurePolicy
+
+
+class EventStoreSettings(EngineSettings, total=False):
+    """The keywords that `create_event_store` takes; see `EventStoreConfig`."""
+
+    persistent: bool
+    db_path: str | os.PathLike[str]
+
+
+class _Setting(NamedTuple):
+    """One setting: its environment variable, the text it is read from, and what is allowed."""
+
+    variable: str
+    parse: Callable[[str], object]
+    accepts: Callable[[Any], bool]
+    allowed: str
+
+
+def _parse_switch(text: str) -> bool:
+    return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
+        text.lower()
+    ]
+
+
+def _switch(variable: str) -> _Setting:
+    return _Setting(
+        variable, _parse_switch, lambda value: type(value) is bool, "a boolean (true, 1, yes, on; false, 0, no, off)"
+    )
+
+
+def _whole(variable: str, least: int, unit: str) -> _Setting:
+    return _Setting(
+        variable,
+        int,
+        lambda value: type(value) is int and value >= least,
+        f"a whole number of {unit}, {least} or more",
+    )
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def _choice(variable: str, values: tuple[str, ...]) -> _Setting:
+    return _Setting(variable, str.lower, lambda value: value in values, f"one of {', '.join(values)}")
+
+
+_SETTINGS: Final[Mapping[str, _Setting]] = {
+    "persistent": _switch("EVENT_STORE_PERSISTENT"),
+    "db_path": _Setting(
+        "EVENT_STORE_DB_PATH",
+        str,
+        lambda value: isinstance(value, (str, os.PathLike)) and _is_path(os.fspath(value)),
+        "the path of a file, or :memory:",
+    ),
+    "max_events_per_stream": _whole("EVENT_STORE_MAX_EVENTS", 1, "events"),
+    "retention_days": _whole("EVENT_STORE_RETENTION_DAYS", 1, "days"),
+    "memory_cache_size": _whole("EVENT_STORE_CACHE_SIZE", 0, "events"),
+    "memory_cache_bytes": _whole("EVENT_STORE_CACHE_BYTES", MIB, "bytes"),
+    "backup_enabled": _switch("EVENT_STORE_BACKUP_ENABLED"),
+    "backup_interval_hours": _whole("EVENT_STORE_BACKUP_INTERVAL", 1, "hours"),
+    "backup_retention_days": _whole("EVENT_STORE_BACKUP_RETENTION", 1, "days"),
+    "durability": _choice("EVENT_STORE_DURABILITY", get_args(Durability)),
+    "sync_interval_s": _Setting(
+        "EVENT_STORE_SYNC_INTERVAL",
+        float,
+        lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0.001,
+        "a number of seconds, 0.001 or more",
+    ),
+    "on_write_failure": _choice("EVENT_STORE_ON_WRITE_FAILURE", get_args(WriteFailurePolicy)),
+}
+
+_PRESETS: Final[Mapping[str, EventStoreSettings]] = {
+    "development": {"persistent": False},
+    # Nothing survives the process, so nothing needs to be on disk before it is acknowledged.
+    "testing": {"db_path": MEMORY_DB_PATH, "durability": "os"},
+    "production": {"backup_enabled": True},
+}
+
+
+def get_config(name: str) -> EventStoreConfig:
+    """Return the settings of a preset.
+
+    Args:
+        name: `development` (in memory), `testing` (persistent, leaves nothing behind), `production` (on disk, with
+            backups), or `from_env` (like `production`, but for what `EVENT_STORE_…` variables say).
+
+    Raises:
+        ConfigurationError: The name is unknown, or a variable has a value that is not allowed.
+    """
+    if name == "from_env":
+        return _config_from(os.environ)
+    if name not in _PRESETS:
+        raise ConfigurationError(f"unknown configuration {name!r}; there are {', '.join([*_PRESETS, 'from_env'])}")
+    return EventStoreConfig(**_PRESETS[name])
+
+
+def config_of(settings: Mapping[str, object]) -> EventStoreConfig:
+    """Return the configuration that the keywords of a call describe.
+
+    Raises:
+        ConfigurationError: A keyword is unknown, or has a value that is not allowed.
+    """
+    unknown = sorted(set(settings) - set(_SETTINGS))
+    if unknown:
+        raise ConfigurationError(f"unknown setting {', '.join(unknown)}; there are {', '.join(_SETTINGS)}")
+    known: dict[str, Any] = dict(settings)
+    return EventStoreConfig(**known)
+
+
+def _config_from(environment: Mapping[str, str]) -> EventStoreConfig:
+    found: dict[str, Any] = dict(_PRESETS["production"])
+    for name, setting in _SETTINGS.items():
+        text = environment.get(setting.variable)
+        if text is None:
+            continue
+        try:
+            value = setting.parse(text.strip())
+        except (ValueError, KeyError):
+            value = None
+        if not setting.accepts(value):
+            raise ConfigurationError(f"{setting.variable} must be {setting.allowed}, not {text!r}")
+        found[name] = value
+    return config_of(found)
