@@ -16,6 +16,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -28,6 +29,7 @@ APPLICATION_ID: Final = 0x4C4F4753
 """`LOGS`: marks the SQLite file as ours, see `PRAGMA application_id`."""
 SCHEMA_VERSION: Final = 1
 _WAL_BYTES: Final = 4 << 20
+_ROWS_A_STATEMENT: Final = 250
 _BUSY_TIMEOUT_S: Final = 10.0
 
 _migrations = Migrations("logstore")
@@ -275,23 +277,38 @@ class Catalogue:
                 connection.execute("ROLLBACK")
             raise
 
-    def add_streams(self, names: Sequence[str]) -> list[int]:
-        """Return the numbers of streams, in the order given, adding those that are new."""
-        connection = self._write
+    def _insert(self, table: str, rows: Iterable[Sequence[Any]], width: int) -> None:
+        """Insert whole rows, leaving those that are there already.
+
+        Many rows a statement: `executemany` gives up and takes back the interpreter lock for every row, which costs
+        the event loop more than the rows themselves, 10 against 1 µs of its time.
+        """
+        values = f"({', '.join('?' * width)})"
+        rows = iter(rows)
+        while part := list(islice(rows, _ROWS_A_STATEMENT)):
+            self._write.execute(
+                f"INSERT OR IGNORE INTO {table} VALUES {', '.join(repeat(values, len(part)))}",
+                list(chain.from_iterable(part)),
+            )
+
+    def add_streams(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the numbers of streams, adding those that are new."""
         now = iso_now()
-        connection.executemany(
-            "INSERT OR IGNORE INTO streams (name, created_at) VALUES (?, ?)", ((name, now) for name in names)
-        )
-        query = "SELECT stream_id FROM streams WHERE name = ?"
-        return [connection.execute(query, (name,)).fetchone()[0] for name in names]
+        self._insert("streams", ((None, name, now) for name in names), 3)
+        numbers: dict[str, int] = {}
+        rest = iter(names)
+        while part := list(islice(rest, _ROWS_A_STATEMENT)):
+            marks = ", ".join("?" * len(part))
+            numbers.update(self._write.execute(f"SELECT name, stream_id FROM streams WHERE name IN ({marks})", part))
+        return numbers
 
     def add_events(self, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
         """Add rows `(event_id, stream_id, segment_id, offset, length)`; ids that are there already stay."""
-        self._write.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", rows)
+        self._insert("events", rows, 5)
 
     def add_extents(self, extents: Iterable[Extent]) -> None:
         """Add runs; one that is there already stays."""
-        self._write.executemany("INSERT OR IGNORE INTO extents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", extents)
+        self._insert("extents", extents, 9)
 
     def put_segments(self, rows: Iterable[SegmentRow]) -> None:
         """Add segments, or say how they have grown."""

@@ -11,7 +11,7 @@ runs go to files of their own stream, the rest to one pack, each stream contiguo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,12 +20,13 @@ from logstore.storage.files import Disk
 from logstore.storage.header import KIND_SEGMENT, FileHeader, new_salt
 from logstore.storage.ids import IdGenerator
 from logstore.storage.lane import journal_path
-from logstore.storage.record import decode_frame
+from logstore.storage.record import frame_time_us
 from logstore.storage.segment import SegmentWriter
 from logstore.storage.tail import Run
 
 _STREAM_FILES: Final = 128
 """Most streams that get a file of their own in one checkpoint: each is a sync."""
+_WRITE_BYTES: Final = 1 << 20
 _OWN_FILE_BYTES: Final = 64 << 10
 """Smallest run that begins a file of its own."""
 
@@ -48,13 +49,24 @@ class _Segment:
         self.first_id = 0
         self.last_id = 0
 
-    def append(self, run: Run) -> _Placed:
-        data = b"".join(run.frames)
-        offset = self.writer.append(data)
-        self.events += len(run.ids)
-        self.first_id = min(self.first_id or run.ids[0], run.ids[0])
-        self.last_id = max(self.last_id, run.ids[-1])
-        return _Placed(run, self.writer.number, offset, len(data))
+    def append(self, runs: Sequence[Run]) -> list[_Placed]:
+        """Write runs one after another, many of them with one call."""
+        placed: list[_Placed] = []
+        waiting: list[bytes] = []
+        offset = self.writer.end
+        for run in runs:
+            data = b"".join(run.frames)
+            placed.append(_Placed(run, self.writer.number, offset, len(data)))
+            waiting.append(data)
+            offset += len(data)
+            self.events += len(run.ids)
+            self.first_id = min(self.first_id or run.ids[0], run.ids[0])
+            self.last_id = max(self.last_id, run.ids[-1])
+            if offset - self.writer.end >= _WRITE_BYTES:
+                self.writer.append(b"".join(waiting))
+                waiting.clear()
+        self.writer.append(b"".join(waiting))
+        return placed
 
     def row(self, stream_id: int | None, sealed: bool) -> SegmentRow:
         return SegmentRow(
@@ -93,8 +105,8 @@ class _Placed(NamedTuple):
             offset=self.offset,
             length=self.length,
             events=len(ids),
-            first_time_us=decode_frame(frames[0]).time_us,
-            last_time_us=decode_frame(frames[-1]).time_us,
+            first_time_us=frame_time_us(frames[0]),
+            last_time_us=frame_time_us(frames[-1]),
         )
 
 
@@ -169,13 +181,13 @@ class SegmentStore:
             segment = self._segment_of(run, now_us)
             if segment is not None:
                 touched.append(segment)
-                placed.append(segment.append(run))
+                placed += segment.append([run])
         pack: _Segment | None = None
         if len(placed) < len(by_size):
             own = {segment.stream for segment in touched}
             pack = self._begin_segment(None, now_us)
             touched.append(pack)
-            placed += [pack.append(run) for run in by_size if run.stream not in own]
+            placed += pack.append([run for run in by_size if run.stream not in own])
         for segment in touched:
             segment.writer.sync()
         if pack is not None or len(self._open) > before:
@@ -228,8 +240,7 @@ class SegmentStore:
         """Make the events findable and the journals superfluous, in one commit."""
         catalogue = self._catalogue
         with catalogue.transaction():
-            names = [place.run.stream for place in placed]
-            stream_ids = dict(zip(names, catalogue.add_streams(names), strict=True))
+            stream_ids = catalogue.add_streams([place.run.stream for place in placed])
             streams = [stream_ids[place.run.stream] for place in placed]
             catalogue.put_segments(
                 segment.row(
@@ -241,9 +252,8 @@ class SegmentStore:
             catalogue.seal_segments(
                 (segment.writer.number, segment.writer.sha256) for segment in finished if segment not in touched
             )
-            for place, stream_id in zip(placed, streams, strict=True):
-                catalogue.add_events(place.events(stream_id))
-            catalogue.add_extents(place.extent(sid) for place, sid in zip(placed, streams, strict=True))
+            catalogue.add_events(chain.from_iterable(map(_Placed.events, placed, streams)))
+            catalogue.add_extents(map(_Placed.extent, placed, streams))
             catalogue.add_journals((journal.lane, journal.ordinal) for journal in journals)
             forgotten, self._unlinked = self._unlinked, []
             catalogue.forget_journals(forgotten)

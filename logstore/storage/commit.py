@@ -104,8 +104,10 @@ class GroupCommit:
         self._on_sealed = on_sealed
         self._sync_each = options.durability == "always"
         self._raises = options.on_write_failure == "raise"
-        self._limit = min(options.journal_bytes, options.memory_bytes // 2)
+        self._limit = options.unsegmented_bytes
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._longest_turn_us = int(options.sync_interval_s * 1e6)
+        self._turn_us = 0
         self._worker = Worker("logstore-journal")
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._pending = _Batch()
@@ -139,7 +141,7 @@ class GroupCommit:
         owner.last = event_id
         if self.failure is not None:
             self._append_volatile([event_id], [frame], [owner])
-        elif not self._sync_each and self._can_write_now(event_id):
+        elif not self._sync_each and self._can_write_now(event_id, now_us):
             self._write_now([event_id], [frame], [owner])
         else:
             pending = self._pending
@@ -170,7 +172,7 @@ class GroupCommit:
             owner.last = newest
         if self.failure is not None:
             self._append_volatile(ids, frames, owners)
-        elif not self._sync_each and self._can_write_now(ids[-1]):
+        elif not self._sync_each and self._can_write_now(ids[-1], now_us):
             self._write_now(ids, frames, owners)
         else:
             self._pending.add(ids, frames, owners)
@@ -224,13 +226,13 @@ class GroupCommit:
             self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
             self._timer("rewrite", self._retry_s, self._start_rewrite)
 
-    async def _commit_of(self, batch: _Batch) -> None:
-        assert self._loop is not None
-        waiter: asyncio.Future[None] = self._loop.create_future()
+    def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
+        """Return a future that is done when the batch is committed."""
+        waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
         batch.waiters.append(waiter)
         if not self._scheduled:
             self._schedule()
-        await waiter
+        return waiter
 
     # Committing in batches.
 
@@ -300,7 +302,12 @@ class GroupCommit:
 
     # Writing inside the call, in `interval` and `os` mode: three times the rate of a commit at the end of the turn.
 
-    def _can_write_now(self, event_id: int) -> bool:
+    def _can_write_now(self, event_id: int, now_us: int) -> bool:
+        # A task that appends without ever waiting keeps the loop, and with it the timers, to itself: it must wait for a
+        # commit now and then.
+        if now_us - self._turn_us > self._longest_turn_us:
+            self._turn_us = now_us
+            return False
         file_bytes = self._options.journal_file_bytes
         return not self._busy and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
 

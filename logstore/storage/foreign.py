@@ -138,6 +138,9 @@ class Foreign:
         disk: The file door.
         root: The log folder.
         own: Number of the lane that this process writes.
+
+    Attributes:
+        moves_seen: What `moves` last returned.
     """
 
     def __init__(self, disk: Disk, root: Path, own: int) -> None:
@@ -148,15 +151,15 @@ class Foreign:
         self._folder_time = -1
         self._mutex = threading.Lock()
         self._words: tuple[int, ...] = ()
-        self._moves = 0
+        self.moves_seen = 0
 
     def moves(self) -> int:
         """Return a number that grows whenever another lane has become longer, or a lane was added."""
         words = tuple(lane.marks.word for lane in self._all())
         if words != self._words:
             self._words = words
-            self._moves += 1
-        return self._moves
+            self.moves_seen += 1
+        return self.moves_seen
 
     def _all(self) -> list[_Lane]:
         """Return all other lanes, those included that were added since the last look."""

@@ -103,7 +103,7 @@ class Log:
         self.path = Path(path)
         self.options = options or LogOptions()
         self._disk = disk or Disk()
-        self._tail = Tail(self.options.memory_bytes, self.options.cached_events_per_stream)
+        self._tail = Tail(self.options.cache_bytes, self.options.cached_events_per_stream)
         self._store: OpenStore | None = None
         self._opening: asyncio.Lock | None = None
         self._closed = False
@@ -143,7 +143,7 @@ class Log:
                 self._start(store)
 
     def _start(self, store: OpenStore) -> None:
-        self._foreign = Foreign(self._disk, store.root, store.lane.number)
+        self._foreign = foreign = Foreign(self._disk, store.root, store.lane.number)
         seed = frame_seed(store.store_id)
         self._reader = Reader(self._disk, store.root, store.catalogue, self._foreign, seed)
         # One thread reads: its journals of other lanes need no lock, and reads of one stream cannot overtake.
@@ -154,7 +154,8 @@ class Log:
             self._tail,
             self.options,
             seed,
-            others=self._foreign.moves,
+            # What was seen last is enough: a move since then only sends the next read to the disk.
+            others=lambda: foreign.moves_seen,
             on_visible=self._wake_followers,
             on_sealed=self._start_checkpoint,
         )

@@ -44,6 +44,16 @@ class LogOptions:
     checkpoint_interval_s: float = 2.0
     segment_bytes: int = 8 * MIB
 
+    @property
+    def unsegmented_bytes(self) -> int:
+        """Memory for events that are in journals only: at most half of the budget, and no more than the journals."""
+        return min(self.journal_bytes, self.memory_bytes // 2)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for events that are in segments too."""
+        return self.memory_bytes - self.unsegmented_bytes
+
     def __post_init__(self) -> None:
         """Refuse what could not work, naming the field and what is allowed."""
         for field, allowed in (("durability", Durability), ("on_write_failure", WriteFailurePolicy)):

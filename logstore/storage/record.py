@@ -60,8 +60,17 @@ class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return str(self.id)
 
 
+class _Stamp(msgspec.Struct, array_like=True, gc=False):
+    """The first fields of an event; the decoder skips the rest."""
+
+    id: int
+    prev: int
+    time_us: int
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Event)
+_stamp_decoder = msgspec.msgpack.Decoder(_Stamp)
 
 _pack_header = FRAME_HEADER.pack
 _extend = google_crc32c.extend
@@ -82,6 +91,11 @@ def encode_frame(event: Event, seed: int) -> bytes:
 def decode_frame(frame: bytes) -> Event:
     """Return the event of a frame whose checksum was verified when it was read."""
     return _decoder.decode(memoryview(frame)[FRAME_HEADER.size :])
+
+
+def frame_time_us(frame: bytes) -> int:
+    """Return the time of a frame's event, without the rest of it."""
+    return _stamp_decoder.decode(memoryview(frame)[FRAME_HEADER.size :]).time_us
 
 
 def frame_at(data: bytes, offset: int, seed: int) -> bytes | None:

@@ -201,8 +201,8 @@ def _index_segment(catalogue: Catalogue, number: int, path: Path, data: bytes, s
     ]
     runs = list(_contiguous(found))
     with catalogue.transaction():
-        names = [run[0].event.stream for run in runs]
-        ids = catalogue.add_streams(names)
+        numbers = catalogue.add_streams(list(dict.fromkeys(run[0].event.stream for run in runs)))
+        ids = [numbers[run[0].event.stream] for run in runs]
         catalogue.put_segments(
             [
                 SegmentRow(

@@ -92,12 +92,12 @@ class Tail:
     """All streams and generations in memory.
 
     Args:
-        memory_bytes: Budget for everything; what is not in segments yet is bounded by the caller.
+        cache_bytes: Budget for what is in segments too; what is not is bounded by the caller.
         cached_events: Newest events of a stream to keep once they are in segments; the very newest always stays.
     """
 
-    def __init__(self, memory_bytes: int, cached_events: int) -> None:
-        self._budget = memory_bytes
+    def __init__(self, cache_bytes: int, cached_events: int) -> None:
+        self._cache_budget = cache_bytes
         self._keep = max(1, cached_events)
         self.streams: dict[str, StreamTail] = {}
         self.generations: deque[Generation] = deque()
@@ -203,7 +203,8 @@ class Tail:
             last = generation.ids[-1] if generation.ids else 0
             for owner in dict.fromkeys(generation.owners):
                 self._trim(owner, last)
-        while self.bytes > self._budget and self._cached:
+        # What is not in segments yet has its share of the budget whether it uses it or not: the cache must not fill it.
+        while self.bytes - self.unsegmented_bytes > self._cache_budget and self._cached:
             self._evict(self._cached.popleft())
 
     def _trim(self, owner: StreamTail, last: int) -> None:
