@@ -1,9 +1,11 @@
 """The log engine: streams of bytes with ids, durable, shared by processes. It knows nothing of MCP, JSON or HTTP."""
 
-from logstore.storage.log import Health, Log, LogStats, Sessions
+from logstore.storage.catalogue import StreamSummary
+from logstore.storage.log import Health, Log, LogStats
 from logstore.storage.options import Durability, LogOptions, WriteFailurePolicy
 from logstore.storage.record import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
 from logstore.storage.registry import Session
+from logstore.storage.sessions import Sessions
 
 __all__ = [
     "FLAG_FINAL",
@@ -17,5 +19,6 @@ __all__ = [
     "LogStats",
     "Session",
     "Sessions",
+    "StreamSummary",
     "WriteFailurePolicy",
 ]

@@ -10,21 +10,22 @@ ids, as soon as one can be had. Until then events are volatile: in bounded memor
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosedError, WriteFailedError
+from logstore.errors import InvalidMessageError, StoreClosedError, WriteFailedError
 from logstore.storage.lane import Lane
 from logstore.storage.options import LogOptions
-from logstore.storage.record import Event, encode_frame
-from logstore.storage.tail import Generation, StreamTail, Tail, memory_of
-from logstore.storage.worker import Job, Worker
+from logstore.storage.record import Event, check_stream_name, encode_frame
+from logstore.storage.tail import Generation, StreamTail, Tail
+from logstore.storage.unwritten import Unwritten
+from logstore.storage.worker import Job, Timers, Worker
 
 logger = logging.getLogger("logstore")
 
-MAX_STREAM_BYTES: Final = 512
 _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
 _REWRITE_EVENTS: Final = 2_000
@@ -74,9 +75,9 @@ class GroupCommit:
         seed: Start value of the frames' checksums.
         others: Returns a number that changes when another lane has written.
         on_visible: Called with the streams of events that became visible.
-        on_sealed: Called when a journal file is finished.
 
     Attributes:
+        on_sealed: Called when a journal file is finished.
         failure: Set while the journal cannot be written.
         stuck: Why journals cannot be emptied into segments, None while they can; set by the checkpoint.
         appended: Events that became visible.
@@ -93,7 +94,6 @@ class GroupCommit:
         *,
         others: Callable[[], int],
         on_visible: Callable[[Sequence[StreamTail]], None],
-        on_sealed: Callable[[], None],
     ) -> None:
         self._lane = lane
         self._tail = tail
@@ -101,7 +101,7 @@ class GroupCommit:
         self._seed = seed
         self._others = others
         self._on_visible = on_visible
-        self._on_sealed = on_sealed
+        self.on_sealed: Callable[[], None] = lambda: None
         self._sync_each = options.durability == "always"
         self._raises = options.on_write_failure == "raise"
         self._limit = options.unsegmented_bytes
@@ -109,18 +109,14 @@ class GroupCommit:
         self._longest_turn_us = int(options.sync_interval_s * 1e6)
         self._turn_us = 0
         self._worker = Worker("logstore-journal")
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers = Timers()
         self._pending = _Batch()
         self._scheduled = False
         self._busy = False
         self._room = asyncio.Event()
         self._room.set()
         self._closed = False
-        # Events that are visible and in no journal file; the first `_protected_bytes` of them were acknowledged as
-        # written to the operating system and are not dropped for want of memory.
-        self._unwritten: Generation | None = None
-        self._protected = 0
-        self._protected_bytes = 0
+        self._unwritten = Unwritten(tail, options.volatile_bytes)
         self._retry_s = _FIRST_RETRY_S
         self.failure: Failure | None = None
         self.stuck: str | None = None
@@ -140,7 +136,7 @@ class GroupCommit:
         frame = self._encode(Event(event_id, owner.last, now_us, stream, flags, payload))
         owner.last = event_id
         if self.failure is not None:
-            self._append_volatile([event_id], [frame], [owner])
+            self._show_volatile([event_id], [frame], [owner])
         elif not self._sync_each and self._can_write_now(event_id, now_us):
             self._write_now([event_id], [frame], [owner])
         else:
@@ -171,7 +167,7 @@ class GroupCommit:
         for owner, newest in last.items():
             owner.last = newest
         if self.failure is not None:
-            self._append_volatile(ids, frames, owners)
+            self._show_volatile(ids, frames, owners)
         elif not self._sync_each and self._can_write_now(ids[-1], now_us):
             self._write_now(ids, frames, owners)
         else:
@@ -186,14 +182,7 @@ class GroupCommit:
             raise InvalidMessageError("$", str(error)) from error
 
     def _begin_stream(self, name: str) -> StreamTail:
-        try:
-            size = len(name.encode())
-        except UnicodeEncodeError:
-            raise InvalidStreamError(f"the stream name {name[:80]!r} holds half of a surrogate pair") from None
-        if not 0 < size <= MAX_STREAM_BYTES:
-            raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
-        if not name.isprintable():
-            raise InvalidStreamError(f"the stream name {name[:80]!r} holds a character that does not print")
+        check_stream_name(name)
         return self._tail.stream(name, self._others())
 
     async def _ready(self) -> None:
@@ -216,15 +205,17 @@ class GroupCommit:
         if self._loop is not None and not self._loop.is_closed():
             raise StoreClosedError("the store is used from two event loops at once; open one store for each")
         self._loop = running
-        self._room = _event(self._room.is_set())
+        # Events belong to the loop that they were first waited for on.
+        self._room = asyncio.Event()
+        self.room_changed()
         self._worker.bind(running)
         self._scheduled = False
         self._schedule()
-        self._timers.clear()
+        self._timers.bind(running)
         if self._tail.generations:
-            self._timer("sync", self._options.sync_interval_s, self._start_sync)
-            self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
-            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
+            self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
+            self._timers.start("rewrite", self._retry_s, self._start_rewrite)
 
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""
@@ -258,7 +249,7 @@ class GroupCommit:
         lane.write(batch.frames, batch.ids[-1])
         assert lane.journal is not None
         if self._sync_each:
-            lane.sync(lane.journal.align())
+            lane.sync()
         lane.show()
         took_s = time.monotonic() - started
         if took_s > _SLOW_COMMIT_S:
@@ -283,7 +274,7 @@ class GroupCommit:
     def _seal(self, generation: Generation) -> None:
         generation.synced = len(generation.ids)
         generation.sealed = True
-        self._on_sealed()
+        self.on_sealed()
 
     def _show(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         """Make events visible that the journal has."""
@@ -293,8 +284,8 @@ class GroupCommit:
         if self._sync_each:
             generation.synced = len(generation.ids)
         elif self._options.durability == "interval":
-            self._timer("sync", self._options.sync_interval_s, self._start_sync)
-        self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
+            self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
+        self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
         if self._tail.unsegmented_bytes > self._limit:
             self._room.clear()
             self.rotate()
@@ -331,13 +322,9 @@ class GroupCommit:
         if self.failure is not None or not generations or generations[-1].sealed:
             return
         if self._busy:
-            self._timer("sync", self._options.sync_interval_s, self._start_sync)
+            self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             return
-        lane, generation = self._lane, generations[-1]
-
-        def sync() -> None:
-            assert lane.journal is not None
-            lane.sync(lane.journal.align())
+        generation = generations[-1]
 
         def done(error: BaseException | None) -> None:
             if error is not None:
@@ -346,7 +333,7 @@ class GroupCommit:
                 generation.synced = len(generation.ids)
 
         # Appends queue meanwhile: a write beside a sync could fail into it.
-        self._give(sync, done)
+        self._give(self._lane.sync, done)
 
     def rotate(self) -> None:
         """Finish the journal file, so that a checkpoint can take it."""
@@ -354,7 +341,7 @@ class GroupCommit:
         if self.failure is not None or not generations or generations[-1].sealed:
             return
         if self._busy:
-            self._timer("rotate", _FIRST_RETRY_S, self.rotate)
+            self._timers.start("rotate", _FIRST_RETRY_S, self.rotate)
             return
         self._give(self._lane.rotate, self._rotated)
 
@@ -369,7 +356,8 @@ class GroupCommit:
     def room_changed(self) -> None:
         """Let appends look again whether there is room: a checkpoint has emptied journals, or could not."""
         self._room.set()
-        if self._closed or self._tail.unsegmented_bytes > self._limit:
+        refused = self._closed or (self._raises and self.failure is not None)
+        if refused or self._tail.unsegmented_bytes > self._limit:
             self._room.clear()
 
     # Failing, and coming back.
@@ -377,7 +365,7 @@ class GroupCommit:
     @property
     def volatile_events(self) -> int:
         """Events that are in memory only."""
-        return len(self._unwritten.ids) if self._unwritten is not None else 0
+        return len(self._unwritten)
 
     def _refusal(self) -> WriteFailedError:
         assert self.failure is not None
@@ -387,9 +375,11 @@ class GroupCommit:
         """Note that the journal failed, and decide what becomes of everything that it may not hold."""
         if not isinstance(error, OSError):
             logger.error("the journal's thread failed", exc_info=error)
-        first, self.failure = self.failure is None, self.failure or Failure(str(error), time.time_ns() // 1000)
+        first = self.failure is None
+        self.failure = self.failure or Failure(str(error), time.time_ns() // 1000)
         self.last_error = str(error)
-        self._set_unwritten_apart()
+        for generation in self._unwritten.gather():
+            self._seal(generation)
         queued, self._pending = self._pending, _Batch()
         for failed in (batch, queued):
             if self._raises:
@@ -398,7 +388,7 @@ class GroupCommit:
                     owner.last = owner.ids[-1] if owner.ids else 0
                 failed.release(self._refusal())
             else:
-                self._append_volatile(failed.ids, failed.frames, failed.owners)
+                self._show_volatile(failed.ids, failed.frames, failed.owners)
                 failed.release()
         if first:
             logger.error(
@@ -408,50 +398,26 @@ class GroupCommit:
                 "appends raise" if self._raises else "new events are kept in memory only",
             )
             self._retry_s = _FIRST_RETRY_S
-            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            self._timers.start("rewrite", self._retry_s, self._start_rewrite)
         self.room_changed()
 
-    def _set_unwritten_apart(self) -> None:
-        """Gather the visible events that the disk is not known to hold: they are to be written to a new file."""
-        unwritten = self._unwritten or Generation(0)
-        for generation in reversed(self._tail.generations):
-            if generation is not unwritten and not generation.sealed:
-                moved = len(generation.ids) - generation.synced
-                self._protected += moved
-                self._protected_bytes += memory_of(generation.frames[generation.synced :])
-                self._tail.move_unsynced(generation, unwritten)
-                self._seal(generation)
-        if self._unwritten is None:
-            self._tail.generations.append(unwritten)
-            self._unwritten = unwritten
-
-    def _append_volatile(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
-        """Make events visible that no disk holds; past the bound the oldest of them go."""
-        unwritten = self._unwritten
-        assert unwritten is not None
-        self._tail.show(unwritten, ids, frames, owners)
+    def _show_volatile(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+        self._unwritten.show(ids, frames, owners)
         self.appended += len(ids)
-        excess = unwritten.bytes - self._protected_bytes - self._options.volatile_bytes
-        surplus = 0
-        while excess > 0:
-            excess -= memory_of([unwritten.frames[self._protected + surplus]])
-            surplus += 1
-        if surplus:
-            self._tail.forget(unwritten, self._protected, surplus)
         self._on_visible(owners)
 
     def _start_rewrite(self) -> None:
         """Try to write everything that no file holds to a new one."""
-        unwritten = self._unwritten
-        if unwritten is None:
+        if not self._unwritten.gathering:
             return
         if self._busy:
-            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
-        if self.stuck is not None and self._tail.unsegmented_bytes - unwritten.bytes > self._limit:
+        if self.stuck is not None and self._tail.unsegmented_bytes - self._unwritten.memory_bytes > self._limit:
             self._rewritten(0, OSError(self.stuck))
             return
-        ids, frames, fresh = list(unwritten.ids), list(unwritten.frames), self.failure is not None
+        ids, frames = self._unwritten.copy()
+        fresh = self.failure is not None
         last_id = ids[-1] if ids else 0
         self._give(lambda: self._rewrite(ids, frames, fresh), lambda result: self._rewritten(last_id, result))
 
@@ -466,7 +432,7 @@ class GroupCommit:
                 part = slice(start, start + _REWRITE_EVENTS)
                 lane.write(frames[part], ids[part][-1] if ids else 0)
             assert lane.journal is not None
-            lane.sync(lane.journal.align())
+            lane.sync()
         except BaseException:
             if fresh:
                 lane.discard()
@@ -475,24 +441,18 @@ class GroupCommit:
         return lane.journal.header.number
 
     def _rewritten(self, last_id: int, result: int | BaseException) -> None:
-        """Go back to normal; events that came while the thread wrote follow in another round, and new ones wait."""
+        """Go back to normal: new events wait again while those follow that came as the thread wrote."""
         if isinstance(result, BaseException):
             self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
             self._fail(result, _Batch())
-            self._timer("rewrite", self._retry_s, self._start_rewrite)
+            self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
-        unwritten = self._unwritten
-        assert unwritten is not None
-        self._unwritten = None
-        self._protected = self._protected_bytes = 0
-        rest = self._tail.written(unwritten, last_id, result)
         if self.failure is not None:
             logger.warning("the journal in %s is written again", self._lane.folder)
             self.failure = None
-        if rest.ids:
-            self._unwritten = rest
-            self._start_rewrite()
-        self._timer("rotate", self._options.checkpoint_interval_s, self.rotate)
+        self._unwritten.written(last_id, result)
+        self._start_rewrite()
+        self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
         self.room_changed()
 
     # The journal's thread, and time.
@@ -508,17 +468,6 @@ class GroupCommit:
 
         self._worker.give(job, finish)
 
-    def _timer(self, name: str, delay_s: float, action: Callable[[], None]) -> None:
-        """Run an action later, unless one of that name waits already."""
-        if name in self._timers or self._loop is None or self._closed:
-            return
-
-        def fire() -> None:
-            del self._timers[name]
-            action()
-
-        self._timers[name] = self._loop.call_later(delay_s, fire)
-
     async def close(self) -> None:
         """Commit what is queued, finish the journal, end the thread.
 
@@ -528,40 +477,33 @@ class GroupCommit:
         self.bind()
         self._closed = True
         # Who waits for room is woken, and whoever comes now is sent the same way: to be told that the store is closed.
-        self._room.set()
-        self._room.clear()
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
-        while self._busy or self._pending.ids:
-            self._schedule()
-            await self._turn()
-        if self._unwritten is not None:
+        self.room_changed()
+        self._timers.stop()
+        await self._settle()
+        if self._unwritten.gathering:
             self._start_rewrite()
-            while self._busy:
-                await self._turn()
+            await self._settle()
         if self.volatile_events:
             logger.error("%d events were in memory only and are lost: %s", self.volatile_events, self.last_error)
         self.rotate()
-        while self._busy:
-            await self._turn()
+        await self._settle()
         self._worker.stop()
+
+    async def _settle(self) -> None:
+        """Return when nothing is queued and the journal's thread has nothing to do."""
+        assert self._loop is not None
+        while self._busy or self._pending.ids:
+            self._schedule()
+            turn: asyncio.Future[None] = self._loop.create_future()
+            self._worker.give(lambda: None, functools.partial(_finish, turn))
+            await turn
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""
         self._closed = True
         self._room.clear()
 
-    async def _turn(self) -> None:
-        """Wait until the journal's thread has done what it was given."""
-        assert self._loop is not None
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._worker.give(lambda: None, lambda _: turn.set_result(None))
-        await turn
 
-
-def _event(is_set: bool) -> asyncio.Event:
-    event = asyncio.Event()
-    if is_set:
-        event.set()
-    return event
+def _finish(turn: asyncio.Future[None], _: None) -> None:
+    if not turn.done():
+        turn.set_result(None)

@@ -6,7 +6,6 @@ journal that is gone has been checkpointed, its events are in the catalogue.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -146,6 +145,7 @@ class Foreign:
     def __init__(self, disk: Disk, root: Path, own: int) -> None:
         self._disk = disk
         self._root = root
+        self._folder = root / "lanes"
         self._own = own
         self._lanes: dict[int, _Lane] = {}
         self._folder_time = -1
@@ -164,7 +164,7 @@ class Foreign:
     def _all(self) -> list[_Lane]:
         """Return all other lanes, those included that were added since the last look."""
         with self._mutex:
-            changed = os.stat(self._root / "lanes").st_mtime_ns
+            changed = self._folder.stat().st_mtime_ns
             if changed != self._folder_time:
                 # A folder made within the clock's tick of the last change leaves the same time behind.
                 self._folder_time = changed if time.time_ns() - changed > _CLOCK_TICK_NS else -1

@@ -80,7 +80,7 @@ def new_salt() -> int:
 
 def frame_seed(store_id: int) -> int:
     """Return the start value of the checksums of a store's frames."""
-    return google_crc32c.value(store_id.to_bytes(8, "little"))
+    return int(google_crc32c.value(store_id.to_bytes(8, "little")))
 
 
 def decode_header(data: bytes, path: Path, kind: int) -> FileHeader:

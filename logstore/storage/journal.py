@@ -43,6 +43,7 @@ BATCH_HEADER_BYTES: Final = _FIELDS.size + _CRC.size
 _SMALL_BATCH_BYTES: Final = 16 << 10
 _ZERO_AHEAD_BYTES: Final = 256 << 10
 
+
 def next_page(offset: int) -> int:
     """Return the first page boundary at or after `offset`."""
     return -(-offset // PAGE_BYTES) * PAGE_BYTES
@@ -102,24 +103,17 @@ class JournalWriter:
         self._fresh_page = False
         self.end = end
 
-    def align(self) -> int:
-        """Let the next batch start on a fresh page and return the end for a following `sync`."""
-        self._fresh_page = True
-        return self.end
-
-    def sync(self, end: int) -> None:
-        """Return when everything up to `end`, which `align` returned, is on disk.
-
-        Another thread may write behind it meanwhile.
-        """
+    def sync(self) -> None:
+        """Return when everything written is on disk; the next batch starts on a fresh page."""
         self._disk.sync(self._fd)
-        self.durable = end
+        self.durable = self.end
+        self._fresh_page = True
 
     def seal(self) -> None:
         """End the file: sync it, write the witness of that, sync, close."""
-        self.sync(self.align())
+        self.sync()
         self.write(())
-        self.sync(self.align())
+        self.sync()
         self.close()
 
     def close(self) -> None:
@@ -332,4 +326,3 @@ def read_header(disk: Disk, fd: int, path: Path) -> FileHeader:
         DamageError: It is not one, or not whole yet.
     """
     return decode_header(disk.read(fd, HEADER_BYTES, 0), path, KIND_JOURNAL)
-

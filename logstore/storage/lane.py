@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
-import os
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,7 +54,7 @@ def boot_id() -> bytes:
         text = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
         # macOS has no such file; the parent of all processes starts with the machine.
-        text = str(os.stat("/dev").st_ctime_ns) if sys.platform == "darwin" else ""
+        text = str(Path("/dev").stat().st_ctime_ns) if sys.platform == "darwin" else ""
     return bytes.fromhex(text.strip().replace("-", ""))[:16] if "-" in text else text.encode()[:16].ljust(16, b"\0")
 
 
@@ -186,8 +185,8 @@ def read_reservation(disk: Disk, folder: Path) -> Reservation:
 class Lane:
     """The lane that this process writes.
 
-    Made by `Lane.acquire`. The journal methods run in one thread at a time, that of the group commit; `write` may also
-    run on the loop while that thread does no more than `sync`.
+    Made by `Lane.acquire`. The journal methods run in one thread at a time, that of the group commit, or
+    while that thread has nothing to do on the loop.
 
     Attributes:
         number: Number of the lane.
@@ -300,11 +299,11 @@ class Lane:
         self._ordinal += 1
         self.journal = JournalWriter(self._disk, journal_path(self.folder, header.number), header)
 
-    def sync(self, end: int) -> None:
-        """Return when the journal is on disk up to `end`, which its `align` returned."""
+    def sync(self) -> None:
+        """Return when everything written is on disk."""
         assert self.journal is not None
-        self.journal.sync(end)
-        self.marks.witness(self.journal.header.number, end)
+        self.journal.sync()
+        self.marks.witness(self.journal.header.number, self.journal.durable)
 
     def rotate(self) -> None:
         """Seal the journal; the next write begins a new one. On return the sealed file is on disk whole."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from logstore.errors import GapError, StoreClosedError, UnknownEventError
 from logstore.storage.catalogue import StreamSummary
+from logstore.storage.checkpointer import Checkpointer
 from logstore.storage.commit import GroupCommit
 from logstore.storage.files import Disk
+from logstore.storage.follow import Followers
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import parse_event_id
@@ -24,17 +24,8 @@ from logstore.storage.opening import OpenStore
 from logstore.storage.options import LogOptions
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import Event, decode_frame
-from logstore.storage.registry import Session
-from logstore.storage.tail import StreamTail, Tail
-from logstore.storage.worker import Worker
-
-logger = logging.getLogger("logstore")
-
-_LOOK_AT_OTHERS_S: Final = 0.02
-"""How often a process with followers looks whether other lanes have grown: four mapped words, microseconds."""
-_ADOPT_S: Final = 1.0
-_FIRST_RETRY_S: Final = 0.1
-_LAST_RETRY_S: Final = 5.0
+from logstore.storage.sessions import Sessions
+from logstore.storage.tail import Tail
 
 _T = TypeVar("_T")
 
@@ -104,18 +95,12 @@ class Log:
         self.options = options or LogOptions()
         self._disk = disk or Disk()
         self._tail = Tail(self.options.cache_bytes, self.options.cached_events_per_stream)
-        self._store: OpenStore | None = None
+        self._parts: _Parts | None = None
         self._opening: asyncio.Lock | None = None
         self._closed = False
         self._hits = 0
         self._misses = 0
-        self._checkpoints = 0
-        self._checkpointing = False
-        self._retry_s = _FIRST_RETRY_S
-        self._followers: dict[str, set[asyncio.Event]] = {}
-        self._seen_moves = 0
-        self._looking = False
-        self.sessions = Sessions(self)
+        self.sessions = Sessions(self._session_parts)
 
     # Opening and closing.
 
@@ -130,41 +115,16 @@ class Log:
             WriteFailedError: The disk refuses.
             StoreClosedError: The log was closed before.
         """
-        if self._store is not None:
-            self._commit.bind()
-            return
-        if self._opening is None:
-            self._opening = asyncio.Lock()
-        async with self._opening:
-            if self._closed:
-                raise StoreClosedError(f"the store {self.path} is closed")
-            if self._store is None:
-                store = await asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
-                self._start(store)
-
-    def _start(self, store: OpenStore) -> None:
-        self._foreign = foreign = Foreign(self._disk, store.root, store.lane.number)
-        seed = frame_seed(store.store_id)
-        self._reader = Reader(self._disk, store.root, store.catalogue, self._foreign, seed)
-        # One thread reads: its journals of other lanes need no lock, and reads of one stream cannot overtake.
-        self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="logstore-read")
-        self._checkpoint_worker = Worker("logstore-checkpoint")
-        self._commit = GroupCommit(
-            store.lane,
-            self._tail,
-            self.options,
-            seed,
-            # What was seen last is enough: a move since then only sends the next read to the disk.
-            others=lambda: foreign.moves_seen,
-            on_visible=self._wake_followers,
-            on_sealed=self._start_checkpoint,
-        )
-        self._commit.bind()
-        self._checkpoint_worker.bind(asyncio.get_running_loop())
-        self._seen_moves = self._foreign.moves()
-        self._store = store
-        _open_logs.add(self)
-        self._later(_ADOPT_S, self._adopt)
+        if self._closed:
+            raise StoreClosedError(f"the store {self.path} is closed")
+        if self._parts is None:
+            self._opening = self._opening or asyncio.Lock()
+            async with self._opening:
+                if self._parts is None:
+                    store = await asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
+                    self._parts = _Parts(store, self._tail, self.options, self._disk)
+                    _open_logs.add(self)
+        self._parts.bind()
 
     async def close(self) -> None:
         """Commit and checkpoint everything, and give the lane back. Idempotent.
@@ -175,27 +135,9 @@ class Log:
         if self._closed:
             return
         self._closed = True
-        store = self._store
-        if store is None:
-            return
-        await self._commit.close()
-        for event in [event for events in self._followers.values() for event in events]:
-            event.set()
-        while self._checkpointing:
-            await self._checkpoint_turn(lambda: None)
-        generations = [generation for generation in self._tail.generations if generation.sealed]
-        if generations:
-            try:
-                await self._checkpoint_turn(lambda: store.checkpoint(self._tail, generations))
-            except Exception as error:
-                logger.error("the journals stay as they are, for the next opening: %s", error)
-            else:
-                self._tail.segmented(generations)
-        await asyncio.get_running_loop().run_in_executor(self._read_thread, self._foreign.close)
-        self._read_thread.shutdown()
-        self._checkpoint_worker.stop()
-        await asyncio.to_thread(store.close, empty=not self._tail.generations)
-        _open_logs.discard(self)
+        if self._parts is not None:
+            await self._parts.close()
+            _open_logs.discard(self)
 
     async def __aenter__(self) -> Log:
         """Open the store."""
@@ -206,15 +148,18 @@ class Log:
         """Close the store."""
         await self.close()
 
-    def _opened(self) -> OpenStore:
-        if self._store is None or self._closed:
+    def _opened(self) -> _Parts:
+        if self._parts is None or self._closed:
             raise StoreClosedError(f"the store {self.path} is {'closed' if self._closed else 'not open yet'}")
-        return self._store
+        return self._parts
 
-    async def _ready(self) -> OpenStore:
+    async def _ready(self) -> _Parts:
         await self.open()
-        self._checkpoint_worker.bind(asyncio.get_running_loop())
         return self._opened()
+
+    async def _session_parts(self) -> tuple[OpenStore, Checkpointer]:
+        parts = await self._ready()
+        return parts.store, parts.checkpointer
 
     # Appending.
 
@@ -235,28 +180,26 @@ class Log:
             WriteFailedError: The disk failed and the policy is `raise`.
             StoreClosedError: The log was closed.
         """
-        if self._store is None:
-            await self.open()
-        return str(await self._commit.append(stream, payload, flags))
+        parts = self._parts or await self._ready()
+        return str(await parts.commit.append(stream, payload, flags))
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events `(stream, payload, flags)` in one commit and return their ids in the order given.
 
         Durable on return, and errors, as `append`; all of them are stored or none.
         """
-        if self._store is None:
-            await self.open()
-        return [str(event_id) for event_id in await self._commit.append_many(items)]
+        parts = self._parts or await self._ready()
+        return [str(event_id) for event_id in await parts.commit.append_many(items)]
 
     # Reading.
 
     async def stream_of(self, event_id: str) -> str | None:
         """Return the stream of an event, or None for an id that the store does not have or never wrote."""
-        await self._ready()
+        parts = await self._ready()
         number = parse_event_id(event_id)
         if number is None:
             return None
-        return self._tail.stream_of(number) or await self._read(self._reader.stream_of, number)
+        return self._tail.stream_of(number) or await parts.read(parts.reader.stream_of, number)
 
     async def read(self, stream: str, after: str | None = None, limit: int = 1000) -> list[Event]:
         """Return a stream's first events after an id, in order; none when there is nothing after it.
@@ -271,7 +214,7 @@ class Log:
             GapError: The next event existed and is gone; what comes before a gap is returned first.
             DamageError: The catalogue cannot be read.
         """
-        await self._ready()
+        parts = await self._ready()
         start = 0 if after is None else parse_event_id(after)
         if start is None:
             raise UnknownEventError(f"{after!r} is not an event id")
@@ -281,11 +224,11 @@ class Log:
             if owner.lost > start:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
             own = owner.after(start, limit)
-            if start and owner.covers(start) and self._foreign.moves() == owner.others:
+            if start and owner.covers(start) and parts.foreign.moves() == owner.others:
                 self._hits += 1
                 return contiguous(stream, start, [decode_frame(frame) for frame in own])
         self._misses += 1
-        return contiguous(stream, start, await self._read(self._reader.read, stream, start, limit, own))
+        return contiguous(stream, start, await parts.read(parts.reader.read, stream, start, limit, own))
 
     async def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
         """Yield a stream's events after an id, then those to come, each once and in order, until the log is closed.
@@ -295,12 +238,8 @@ class Log:
         Raises:
             GapError: As `read`.
         """
-        await self._ready()
-        wake = asyncio.Event()
-        # Subscribed before the first read: what is appended in between wakes the follower, it is not missed.
-        self._followers.setdefault(stream, set()).add(wake)
-        self._look_at_others()
-        try:
+        parts = await self._ready()
+        with parts.followers.subscribed(stream) as wake:
             while not self._closed:
                 wake.clear()
                 while events := await self.read(stream, after):
@@ -309,128 +248,20 @@ class Log:
                     after = events[-1].event_id
                 if not self._closed:
                     await wake.wait()
-        finally:
-            waiting = self._followers[stream]
-            waiting.discard(wake)
-            if not waiting:
-                del self._followers[stream]
 
-    async def _read(self, question: Callable[..., _T], *arguments: Any) -> _T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._read_thread, functools.partial(question, *arguments))
-
-    def _wake_followers(self, owners: Sequence[StreamTail]) -> None:
-        if self._followers:
-            self._wake({owner.name for owner in owners})
-
-    def _wake(self, streams: set[str]) -> None:
-        for stream in streams & self._followers.keys():
-            for event in self._followers[stream]:
-                event.set()
-
-    def _look_at_others(self) -> None:
-        """Wake followers when another process has written, again and again while there are any."""
-        if self._looking or self._closed or not self._followers:
-            return
-        moves = self._foreign.moves()
-        if moves == self._seen_moves:
-            self._later(_LOOK_AT_OTHERS_S, self._look_at_others)
-            return
-        self._seen_moves = moves
-        self._looking = True
-
-        def done(grown: asyncio.Future[tuple[set[str], bool]]) -> None:
-            self._looking = False
-            if not grown.cancelled() and grown.exception() is None:
-                streams, missed = grown.result()
-                self._wake(set(self._followers) if missed else streams)
-            self._later(_LOOK_AT_OTHERS_S, self._look_at_others)
-
-        loop = asyncio.get_running_loop()
-        loop.run_in_executor(self._read_thread, self._foreign.read_on).add_done_callback(done)
-
-    # In the background.
-
-    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
-        if not self._closed:
-            asyncio.get_running_loop().call_later(delay_s, action)
-
-    def _start_checkpoint(self) -> None:
-        """Bring finished journals into segments, unless that is going on."""
-        store = self._store
-        if self._checkpointing or self._closed or store is None:
-            return
-        generations = []
-        for generation in self._tail.generations:
-            if not generation.sealed:
-                break
-            generations.append(generation)
-        if not generations:
-            return
-        self._checkpointing = True
-
-        def done(error: BaseException | None) -> None:
-            self._checkpointing = False
-            if error is None:
-                self._checkpoints += 1
-                self._retry_s = _FIRST_RETRY_S
-                self._tail.segmented(generations)
-                self._commit.stuck = None
-                self._commit.room_changed()
-                self._start_checkpoint()
-            else:
-                if self._commit.stuck is None:
-                    logger.error("journals cannot be emptied into segments: %s", error, exc_info=error)
-                self._commit.stuck = str(error)
-                self._commit.room_changed()
-                self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
-                self._later(self._retry_s, self._start_checkpoint)
-
-        self._checkpoint_worker.give(lambda: store.checkpoint(self._tail, generations), done)
-
-    async def _checkpoint_turn(self, job: Callable[[], _T]) -> _T:
-        """Run a job in the checkpoint's thread, after what it was given before."""
-        loop = asyncio.get_running_loop()
-        self._checkpoint_worker.bind(loop)
-        turn: asyncio.Future[_T] = loop.create_future()
-
-        def done(result: Any) -> None:
-            if isinstance(result, BaseException):
-                turn.set_exception(result)
-            else:
-                turn.set_result(result)
-
-        self._checkpoint_worker.give(job, done)
-        return await turn
-
-    def _adopt(self) -> None:
-        """Take over the journals of processes that died, now and then."""
-        store = self._store
-        if self._closed or store is None:
-            return
-
-        def done(result: int | BaseException) -> None:
-            if isinstance(result, BaseException):
-                logger.error("journals of a dead process cannot be adopted: %s", result)
-            else:
-                store.lane.ids.advance(result)
-            self._later(_ADOPT_S, self._adopt)
-
-        self._checkpoint_worker.give(store.adopt_dead_lanes, done)
-
-    def _disown(self) -> None:
-        """Refuse everything in a forked child: its parent goes on writing."""
+    def disown(self) -> None:
+        """Refuse everything from here on, in a forked child: its parent goes on writing."""
         self._closed = True
-        if self._store is not None:
-            self._commit.disown()
+        if self._parts is not None:
+            self._parts.commit.disown()
 
     # Telling.
 
     def health(self) -> Health:
         """Return whether the log keeps its promises at this moment."""
-        if self._store is None or self._closed:
+        if self._parts is None or self._closed:
             return Health("closed", None, None, 0)
-        commit = self._commit
+        commit = self._parts.commit
         if commit.failure is not None:
             return Health("degraded", commit.failure.reason, commit.failure.since_us, commit.volatile_events)
         if commit.stuck is not None:
@@ -439,8 +270,7 @@ class Log:
 
     def stream_summaries(self) -> list[StreamSummary]:
         """Return the totals of every stream, those events included that are not in segments yet."""
-        store = self._opened()
-        totals = {summary.stream: summary for summary in store.catalogue.summaries()}
+        totals = {summary.stream: summary for summary in self._opened().store.catalogue.summaries()}
         fresh: dict[str, list[bytes]] = {}
         for generation in self._tail.generations:
             for owner, frame in zip(generation.owners, generation.frames, strict=True):
@@ -464,75 +294,66 @@ class Log:
 
     def stats(self) -> LogStats:
         """Return figures of this open log."""
-        store = self._opened()
-        streams, events, segment_bytes = store.catalogue.totals()
+        parts = self._opened()
+        streams, events, segment_bytes = parts.store.catalogue.totals()
         return LogStats(
-            appended=self._commit.appended,
-            commits=self._commit.commits,
-            checkpoints=self._checkpoints,
+            appended=parts.commit.appended,
+            commits=parts.commit.commits,
+            checkpoints=parts.checkpointer.checkpoints,
             cache_hits=self._hits,
             cache_misses=self._misses,
-            volatile_events=self._commit.volatile_events,
+            volatile_events=parts.commit.volatile_events,
             memory_bytes=self._tail.bytes,
             unsegmented_bytes=self._tail.unsegmented_bytes,
             streams=streams,
             events=events,
             segment_bytes=segment_bytes,
-            database_bytes=_size_on_disk(self.path, store.root),
+            database_bytes=_size_on_disk(self.path, parts.store.root),
         )
 
 
-class Sessions:
-    """Which process serves which session; see `Registry`. Reached as `Log.sessions`."""
+class _Parts:
+    """Everything that an open log works with."""
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self, store: OpenStore, tail: Tail, options: LogOptions, disk: Disk) -> None:
+        seed = frame_seed(store.store_id)
+        self.store = store
+        self.foreign = foreign = Foreign(disk, store.root, store.lane.number)
+        self.reader = Reader(disk, store.root, store.catalogue, foreign, seed)
+        # One thread reads: its journals of other lanes need no lock, and reads of one stream cannot overtake.
+        self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="logstore-read")
+        self.followers = Followers(foreign, self._read_thread)
+        self.commit = GroupCommit(
+            store.lane,
+            tail,
+            options,
+            seed,
+            # What was seen last is enough: a move since then only sends the next read to the disk.
+            others=lambda: foreign.moves_seen,
+            on_visible=self.followers.grown,
+        )
+        self.checkpointer = Checkpointer(store, tail, self.commit)
+        self.commit.on_sealed = self.checkpointer.start
+        self._tail = tail
 
-    async def open(self, key: str, data: bytes) -> Session:
-        """Add a session that this process serves; on return it is on disk.
+    def bind(self) -> None:
+        """Serve the running loop; an earlier one must be closed."""
+        self.commit.bind()
+        self.checkpointer.bind()
 
-        Args:
-            key: A hash that it is found by; the catalogue shows it.
-            data: What to find again.
-        """
-        store = await self._log._ready()
-        registry, incarnation = store.registry, store.lane.incarnation
-        return await asyncio.to_thread(registry.open_session, key, incarnation, time.time_ns() // 1000, data)
+    async def read(self, question: Callable[..., _T], *arguments: Any) -> _T:
+        """Ask something of the disk in the thread that reads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._read_thread, functools.partial(question, *arguments))
 
-    async def find(self, key: str) -> Session | None:
-        """Return a session that has not ended."""
-        store = await self._log._ready()
-        return await asyncio.to_thread(store.registry.find, key)
-
-    async def end(self, key: str) -> None:
-        """End a session; on return that is on disk."""
-        store = await self._log._ready()
-        now_us = time.time_ns() // 1000
-        await asyncio.to_thread(store.registry.end_session, key, store.lane.incarnation, now_us)
-
-    async def take_over(self, key: str) -> Session | None:
-        """Serve a session from here on, if its owner is dead.
-
-        On return the owner's events are recovered, and ids drawn here are above all of them.
-
-        Returns:
-            The session; its `incarnation` tells whether it is this process's now. None when it has ended.
-        """
-        store = await self._log._ready()
-
-        def take() -> tuple[Session | None, int]:
-            session = store.registry.find(key)
-            if session is None or store.is_alive(session.incarnation):
-                return session, 0
-            highest = store.adopt_dead_lanes()
-            now_us = time.time_ns() // 1000
-            session = store.registry.take_over(key, session.incarnation, store.lane.incarnation, now_us)
-            return session, max(highest, store.highest_reserved())
-
-        session, floor = await self._log._checkpoint_turn(take)
-        if session is not None and session.incarnation == store.lane.incarnation:
-            store.lane.ids.advance(floor)
-        return session
+    async def close(self) -> None:
+        """Finish in order: the journal, its way into segments, the readers, the files."""
+        await self.commit.close()
+        self.followers.close()
+        await self.checkpointer.close()
+        await self.read(self.foreign.close)
+        self._read_thread.shutdown()
+        await asyncio.to_thread(self.store.close, empty=not self._tail.generations)
 
 
 def _size_on_disk(path: Path, root: Path) -> int:
@@ -555,7 +376,7 @@ _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
 
 def _disown_in_child() -> None:
     for log in list(_open_logs):
-        log._disown()
+        log.disown()
 
 
 os.register_at_fork(after_in_child=_disown_in_child)

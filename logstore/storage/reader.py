@@ -22,7 +22,6 @@ from logstore.storage.segment import segment_path
 logger = logging.getLogger("logstore")
 
 _READ_BYTES: Final = 256 << 10
-_TRIES: Final = 3
 _EXTENTS: Final = 64
 
 _T = TypeVar("_T")
@@ -74,15 +73,7 @@ class Reader:
         self._foreign.read_on()
         events = {event.id: event for event in map(decode_frame, own)}
         events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after)))
-        hole: _Hole | None = None
-        for attempt in range(_TRIES):
-            try:
-                found, hole = self._in_segments(stream, after, limit)
-                break
-            except FileNotFoundError as error:
-                # Compaction put another segment in its place; the catalogue knows by now.
-                if attempt == _TRIES - 1:
-                    raise GapError(stream, str(after), f"a segment is gone: {error.filename}") from error
+        found, hole = self._in_segments(stream, after, limit)
         events.update((event.id, event) for event in found)
         merged = [events[event_id] for event_id in sorted(events)]
         if hole is not None:
@@ -105,7 +96,9 @@ class Reader:
                 last = max(last, events[-1].id if events else 0)
                 if not whole:
                     path = segment_path(self._root, extent.segment_id)
-                    logger.error("%s: events of stream %r after %d cannot be read; run `logstore verify`", path, stream, last)
+                    logger.error(
+                        "%s: events of stream %r after %d cannot be read; run `logstore verify`", path, stream, last
+                    )
                     return events, _Hole(last, f"{path} is damaged")
                 if len(events) >= limit:
                     break
@@ -121,7 +114,10 @@ class Reader:
             row = self._asked(self._catalogue.event, after)
             if row is not None and row.segment_id == extent.segment_id:
                 offset = row.offset + row.length
-        fd = self._disk.open(segment_path(self._root, extent.segment_id))
+        try:
+            fd = self._disk.open(segment_path(self._root, extent.segment_id))
+        except FileNotFoundError:
+            return False
         try:
             while offset < end and limit > 0:
                 frames = self._frames(fd, offset, end)

@@ -21,6 +21,8 @@ from typing import Final
 import google_crc32c
 import msgspec
 
+from logstore.errors import InvalidStreamError
+
 FLAG_PRIMING: Final = 1
 """An event without a message: stored so that its id can be resumed from, never replayed."""
 FLAG_MODEL: Final = 2
@@ -33,6 +35,10 @@ _BODY_START: Final = b"\x96"
 """First byte of every body: a msgpack array of six."""
 MAX_BODY_BYTES: Final = 64 << 20
 """Bound on a length field that is to be believed; also the largest event."""
+
+
+MAX_STREAM_BYTES: Final = 512
+"""Bound on the name of a stream."""
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -58,6 +64,22 @@ class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
     def event_id(self) -> str:
         """The id as clients see it."""
         return str(self.id)
+
+
+def check_stream_name(name: str) -> None:
+    """Refuse a name that could not be stored, or not be shown.
+
+    Raises:
+        InvalidStreamError: It is empty, long, or holds characters that do not print.
+    """
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidStreamError(f"the stream name {name[:80]!r} holds half of a surrogate pair") from None
+    if not 0 < size <= MAX_STREAM_BYTES:
+        raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
+    if not name.isprintable():
+        raise InvalidStreamError(f"the stream name {name[:80]!r} holds a character that does not print")
 
 
 class _Stamp(msgspec.Struct, array_like=True, gc=False):

@@ -26,7 +26,6 @@ from logstore.storage.tail import Run
 logger = logging.getLogger("logstore")
 
 
-
 def adopt_lane(
     disk: Disk, root: Path, number: int, folder: Path, catalogue: Catalogue, segments: SegmentStore, store_id: int
 ) -> int:
@@ -196,8 +195,7 @@ def reindex(disk: Disk, root: Path, catalogue: Catalogue, store_id: int) -> int:
 
 def _index_segment(catalogue: Catalogue, number: int, path: Path, data: bytes, store_id: int) -> int:
     found = [
-        _Found(decode_frame(frame), offset, len(frame))
-        for offset, frame in salvage_frames(data, frame_seed(store_id))
+        _Found(decode_frame(frame), offset, len(frame)) for offset, frame in salvage_frames(data, frame_seed(store_id))
     ]
     runs = list(_contiguous(found))
     with catalogue.transaction():

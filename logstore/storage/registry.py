@@ -77,7 +77,7 @@ _decoder = msgspec.msgpack.Decoder(_Entry)
 
 
 def _seed(header: FileHeader) -> int:
-    return google_crc32c.value(header.salt.to_bytes(8, "little"))
+    return int(google_crc32c.value(header.salt.to_bytes(8, "little")))
 
 
 def _encode(entry: _Entry, seed: int) -> bytes:
@@ -192,8 +192,9 @@ class Registry:
         assert self._header is not None
         header = FileHeader(kind=KIND_REGISTRY, store_id=self._header.store_id, salt=new_salt())
         seed = _seed(header)
-        entries = [_Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data) for each in
-                   self._sessions.values()]
+        entries = [
+            _Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data) for each in self._sessions.values()
+        ]
         self._disk.publish(self._path, header.encode() + b"".join(_encode(entry, seed) for entry in entries))
         self._reopen()
 
@@ -244,9 +245,7 @@ class Registry:
         self._end += offset
         rest = data[offset:]
         if any(_entry_at(rest, later, seed) for later in range(1, len(rest))):
-            raise DamageError(
-                self._path, self._end, len(rest), "an entry that was on disk does not match its checksum"
-            )
+            raise DamageError(self._path, self._end, len(rest), "an entry that was on disk does not match its checksum")
 
     def _apply(self, entry: _Entry) -> None:
         self._entries += 1

@@ -74,7 +74,6 @@ class Generation:
         self.sealed = False
 
 
-
 class Run(NamedTuple):
     """The events of one stream that go to segments together."""
 
@@ -148,23 +147,6 @@ class Tail:
         generation.bytes += size
         self.bytes += size
         self.unsegmented_bytes += size
-
-    def written(self, unwritten: Generation, last_id: int, ordinal: int) -> Generation:
-        """Note that the events up to `last_id` are in a synced journal file; return a generation of the rest."""
-        self.generations.remove(unwritten)
-        place = bisect_right(unwritten.ids, last_id)
-        target = self.generation(ordinal)
-        target.ids += unwritten.ids[:place]
-        target.frames += unwritten.frames[:place]
-        target.owners += unwritten.owners[:place]
-        target.bytes += memory_of(unwritten.frames[:place])
-        target.synced = len(target.ids)
-        rest = Generation(unwritten.ordinal)
-        rest.ids, rest.frames, rest.owners = unwritten.ids[place:], unwritten.frames[place:], unwritten.owners[place:]
-        rest.bytes = memory_of(rest.frames)
-        if rest.ids:
-            self.generations.append(rest)
-        return rest
 
     def stream_of(self, event_id: int) -> str | None:
         """Return the stream of an event that is not in segments yet."""
@@ -242,4 +224,3 @@ class Tail:
                 run.ids.append(event_id)
                 run.frames.append(frame)
         return list(grouped.values())
-

@@ -1,4 +1,4 @@
-"""A thread that works for an event loop: one job at a time, results back on the loop."""
+"""What works beside the tasks of an event loop: a thread with results back on the loop, and timers."""
 
 from __future__ import annotations
 
@@ -64,3 +64,34 @@ class Worker:
         while self._results:
             done, result = self._results.popleft()
             done(result)
+
+
+class Timers:
+    """Timers by name, at most one of a name set at a time; they end with their loop, or with `stop`."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._set: dict[str, asyncio.TimerHandle] = {}
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run on this loop from now on; what was set on an earlier one is forgotten."""
+        self._loop = loop
+        self._set.clear()
+
+    def start(self, name: str, delay_s: float, action: Callable[[], None]) -> None:
+        """Run an action later, unless one of that name waits already."""
+        if name in self._set or self._loop is None:
+            return
+
+        def fire() -> None:
+            del self._set[name]
+            action()
+
+        self._set[name] = self._loop.call_later(delay_s, fire)
+
+    def stop(self) -> None:
+        """Cancel what is set, and set nothing more."""
+        for timer in self._set.values():
+            timer.cancel()
+        self._set.clear()
+        self._loop = None

@@ -1,0 +1,148 @@
+"""What happens behind the appends: finished journals go to segments, dead processes' lanes are adopted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from logstore.storage.commit import GroupCommit
+from logstore.storage.opening import OpenStore
+from logstore.storage.tail import Generation, Tail
+from logstore.storage.worker import Worker
+
+logger = logging.getLogger("logstore")
+
+_ADOPT_S: Final = 1.0
+_FIRST_RETRY_S: Final = 0.1
+_LAST_RETRY_S: Final = 5.0
+
+_T = TypeVar("_T")
+
+
+class Checkpointer:
+    """Runs checkpoints and adoptions of one open log in a thread, one at a time. Used on the event loop.
+
+    Args:
+        store: The open files.
+        tail: Where the events are.
+        commit: Told when there is room in the journals again, or when there will be none.
+
+    Attributes:
+        checkpoints: How many there were.
+    """
+
+    def __init__(self, store: OpenStore, tail: Tail, commit: GroupCommit) -> None:
+        self._store = store
+        self._tail = tail
+        self._commit = commit
+        self._worker = Worker("logstore-checkpoint")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running = False
+        self._closed = False
+        self._retry_s = _FIRST_RETRY_S
+        self.checkpoints = 0
+
+    def bind(self) -> None:
+        """Serve the running loop; an earlier one must be closed."""
+        running = asyncio.get_running_loop()
+        if self._loop is not running:
+            self._loop = running
+            self._worker.bind(running)
+            running.call_later(_ADOPT_S, self._adopt)
+            self.start()
+
+    def start(self) -> None:
+        """Bring finished journals into segments, unless that is going on."""
+        if self._running or self._closed:
+            return
+        generations = self._finished()
+        if not generations:
+            return
+        self._running = True
+
+        def done(error: BaseException | None) -> None:
+            self._running = False
+            if error is not None:
+                self._failed(error)
+                return
+            self.checkpoints += 1
+            self._retry_s = _FIRST_RETRY_S
+            self._tail.segmented(generations)
+            self._commit.stuck = None
+            self._commit.room_changed()
+            self.start()
+
+        self._worker.give(lambda: self._store.checkpoint(self._tail, generations), done)
+
+    def _finished(self) -> list[Generation]:
+        """Return the generations whose journals are finished, oldest first, without one missing between."""
+        generations: list[Generation] = []
+        for generation in self._tail.generations:
+            if not generation.sealed:
+                break
+            generations.append(generation)
+        return generations
+
+    def _failed(self, error: BaseException) -> None:
+        if self._commit.stuck is None:
+            logger.error("journals cannot be emptied into segments, they wait: %s", error, exc_info=error)
+        self._commit.stuck = str(error)
+        self._commit.room_changed()
+        self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+        if self._loop is not None and not self._closed:
+            self._loop.call_later(self._retry_s, self.start)
+
+    def _adopt(self) -> None:
+        """Take over the journals of processes that died, now and then."""
+        if self._closed:
+            return
+
+        def done(result: int | BaseException) -> None:
+            if isinstance(result, BaseException):
+                logger.error("journals of a dead process cannot be adopted, they wait: %s", result)
+            else:
+                self._store.lane.ids.advance(result)
+            if self._loop is not None:
+                self._loop.call_later(_ADOPT_S, self._adopt)
+
+        self._worker.give(self._store.adopt_dead_lanes, done)
+
+    async def run(self, job: Callable[[], _T]) -> _T:
+        """Run a job in the checkpoint's thread, after what it was given before.
+
+        Raises:
+            Exception: What the job raised.
+        """
+        turn: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        def done(result: Any) -> None:
+            if turn.cancelled():
+                return
+            if isinstance(result, BaseException):
+                turn.set_exception(result)
+            else:
+                turn.set_result(result)
+
+        self._worker.give(job, done)
+        return await turn
+
+    async def close(self) -> None:
+        """Bring everything that the journals hold into segments, and end the thread.
+
+        When that fails the journals stay, for the next opening.
+        """
+        self.bind()
+        self._closed = True
+        while self._running:
+            await self.run(lambda: None)
+        generations = self._finished()
+        if generations:
+            try:
+                await self.run(lambda: self._store.checkpoint(self._tail, generations))
+            except Exception as error:
+                logger.error("the journals stay as they are, for the next opening: %s", error)
+            else:
+                self._tail.segmented(generations)
+        self._worker.stop()
