@@ -174,10 +174,10 @@ def get_config(name: str) -> EventStoreConfig:
         return _config_from(os.environ)
     if name not in _PRESETS:
         raise ConfigurationError(f"unknown configuration {name!r}; there are {', '.join([*_PRESETS, 'from_env'])}")
-    return EventStoreConfig(**_PRESETS[name])
+    return config_of(_PRESETS[name])
 
 
-def config_of(settings: Mapping[str, object]) -> EventStoreConfig:
+def config_of(settings: Mapping[str, Any]) -> EventStoreConfig:
     """Return the configuration that the keywords of a call describe.
 
     Raises:
@@ -186,8 +186,7 @@ def config_of(settings: Mapping[str, object]) -> EventStoreConfig:
     unknown = sorted(set(settings) - set(_SETTINGS))
     if unknown:
         raise ConfigurationError(f"unknown setting {', '.join(unknown)}; there are {', '.join(_SETTINGS)}")
-    known: dict[str, Any] = dict(settings)
-    return EventStoreConfig(**known)
+    return EventStoreConfig(**settings)
 
 
 def _config_from(environment: Mapping[str, str]) -> EventStoreConfig:

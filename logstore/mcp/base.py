@@ -17,8 +17,7 @@ from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosed
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
 from logstore.mcp.scope import name_in_log
 from logstore.mcp.sdk import called_by_transport, is_transport_callback
-from logstore.storage import FLAG_FINAL, FLAG_PRIMING, Event, Health
-from logstore.storage.catalogue import StreamSummary
+from logstore.storage import FLAG_FINAL, FLAG_PRIMING, Event, Health, StreamSummary
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -51,7 +50,7 @@ class EventLog(Protocol):
         ...
 
     def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
-        """Yield events of a stream in order, and go on with those to come."""
+        """Yield events of a stream in order, and go on with those to come, until the log is closed."""
         ...
 
     def stream_summaries(self) -> list[StreamSummary]:
@@ -86,7 +85,7 @@ class LogEventStore(EventStore):
 
     @abstractmethod
     async def _open(self) -> EventLog:
-        """Make and open the log; called once."""
+        """Make and open the log; called again when it failed."""
 
     async def log(self) -> EventLog:
         """Return the log, opened at first use.
@@ -94,7 +93,7 @@ class LogEventStore(EventStore):
         Raises:
             StoreClosedError: The store was closed.
         """
-        if self._log is None:
+        if self._log is None or self._closed:
             async with self._opening:
                 if self._closed:
                     raise StoreClosedError("the store is closed")

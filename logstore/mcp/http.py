@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final, Protocol, cast
 from weakref import WeakValueDictionary
@@ -21,6 +21,7 @@ from logstore.mcp.scoped_store import ScopedEventStore
 logger = logging.getLogger("logstore.mcp")
 
 _SESSION_HEADER: Final = b"mcp-session-id"
+_STATELESS: Final = "stateless mode cannot resume: the SDK gives a stateless transport no event store"
 
 
 class SdkServer(Protocol):
@@ -53,7 +54,7 @@ def resumable_http_app(server: SdkServer | FastMcpServer, store: LogEventStore, 
 
     Raises:
         ConfigurationError: Stateless mode, which gives a transport no store; an `event_store` among the options; a
-            store that raises when the disk fails, which would hang the session; a server of another kind.
+            store that raises when the disk fails, which would hang the session; a server or store of another kind.
     """
     _check_options(store, sdk_options)
     adapted = hasattr(server, "http_app")
@@ -62,7 +63,8 @@ def resumable_http_app(server: SdkServer | FastMcpServer, store: LogEventStore, 
         raise ConfigurationError(f"{type(server).__name__} is neither a server of the MCP SDK nor of FastMCP")
     app: Starlette = build(event_store=ScopedEventStore(store, adapted=adapted), **sdk_options)
     endpoint = _wrap_endpoint(app, store)
-    _refuse_stateless(endpoint)
+    if _is_stateless(endpoint):
+        raise ConfigurationError(_STATELESS)
     app.router.lifespan_context = _lifespan_with(app, endpoint, store)
     return app
 
@@ -133,6 +135,8 @@ class SessionScoping:
 
 
 def _check_options(store: LogEventStore, sdk_options: dict[str, Any]) -> None:
+    if not isinstance(store, LogEventStore):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigurationError(f"the store must be one of logstore's, not {type(store).__name__}")
     if "event_store" in sdk_options:
         raise ConfigurationError("event_store is the second argument of resumable_http_app, not an option")
     if sdk_options.get("stateless_http"):
@@ -144,13 +148,9 @@ def _check_options(store: LogEventStore, sdk_options: dict[str, Any]) -> None:
         )
 
 
-_STATELESS: Final = "stateless mode cannot resume: the SDK gives a stateless transport no event store"
-
-
-def _refuse_stateless(endpoint: Any) -> None:
+def _is_stateless(endpoint: Any) -> bool:
     # FastMCP makes its session manager when the lifespan begins, from settings of its own.
-    if endpoint.session_manager is not None and endpoint.session_manager.stateless:
-        raise ConfigurationError(_STATELESS)
+    return endpoint.session_manager is not None and bool(endpoint.session_manager.stateless)
 
 
 def _wrap_endpoint(app: Starlette, store: LogEventStore) -> Any:
@@ -171,10 +171,14 @@ def _lifespan_with(app: Starlette, endpoint: Any, store: LogEventStore) -> Any:
     inner = app.router.lifespan_context
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[Any]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[Any, None]:
         async with store, cast("AbstractAsyncContextManager[Any]", inner(app)) as state:
-            _refuse_stateless(endpoint)
-            yield state
+            stateless = _is_stateless(endpoint)
+            if not stateless:
+                yield state
+        if stateless:
+            # Raised inside, it would come out wrapped in the group of the manager's tasks.
+            raise ConfigurationError(_STATELESS)
 
     return lifespan
 

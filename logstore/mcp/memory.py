@@ -11,13 +11,11 @@ from itertools import islice
 from typing import Final, Unpack
 
 from logstore.config import EngineSettings, config_of
-from logstore.errors import GapError, InvalidMessageError, InvalidStreamError, StoreClosedError
+from logstore.errors import GapError, InvalidMessageError, StoreClosedError
 from logstore.mcp.base import EventLog, LogEventStore
-from logstore.storage import Event, Health
-from logstore.storage.catalogue import StreamSummary
-from logstore.storage.commit import MAX_STREAM_BYTES
+from logstore.storage import Event, Health, StreamSummary
 from logstore.storage.ids import parse_event_id
-from logstore.storage.record import MAX_BODY_BYTES
+from logstore.storage.record import MAX_BODY_BYTES, check_stream_name
 
 MAX_STREAMS: Final = 10_000
 _EVENT_OVERHEAD: Final = 400
@@ -143,22 +141,24 @@ class MemoryLog:
         return [] if found is None else _after(found, after, limit)
 
     async def follow(self, stream: str, after: str | None = None) -> AsyncGenerator[Event, None]:
-        """Yield events of a stream in order, and go on with those to come.
+        """Yield events of a stream in order, and go on with those to come, until the log is closed.
 
         Raises:
             GapError: Events after the given one, or the last one yielded, were dropped.
-            StoreClosedError: The store was closed meanwhile.
         """
+        self._check_open()
         followed = self._streams.get(stream) or self._begin(stream)
-        while True:
-            self._check_open()
+        while not self._closed:
             for event in _after(followed, after, _PAGE_EVENTS):
                 yield event
                 after = event.event_id
             # Nothing is awaited between this look and the wait, so nothing can come in between.
-            if int(after or 0) >= followed.last and not (self._closed or followed.gone):
+            if self._has_nothing_for(followed, after):
                 followed.news = followed.news or asyncio.Event()
                 await followed.news.wait()
+
+    def _has_nothing_for(self, followed: _Stream, after: str | None) -> bool:
+        return int(after or 0) >= followed.last and not (self._closed or followed.gone)
 
     def stream_summaries(self) -> list[StreamSummary]:
         """Return one summary a stream that has events."""
@@ -247,13 +247,6 @@ def _cost(event: Event) -> int:
 
 def _check(name: str, payload: bytes) -> None:
     """Refuse what the log on disk refuses, so that what works in development works in production."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise InvalidStreamError(f"the stream name {name!r} holds half of a surrogate pair") from None
-    if not 0 < size <= MAX_STREAM_BYTES:
-        raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
-    if not name.isprintable():
-        raise InvalidStreamError(f"the stream name {name[:80]!r} holds a character that does not print")
+    check_stream_name(name)
     if len(payload) > MAX_BODY_BYTES:
         raise InvalidMessageError("$", f"{len(payload)} bytes are more than the largest event has, {MAX_BODY_BYTES}")

@@ -35,8 +35,8 @@ MAX_DEPTH: Final = 200
 """Levels of nesting in a plain dict: the parser that the SDK's client uses stops there."""
 
 _MODELS: Final = (JSONRPCRequest, JSONRPCNotification, JSONRPCResponse, JSONRPCError)
-_JSON_TYPES: Final = frozenset({dict, list, str, bool, int, float, type(None)})
-_STR_ONLY: Final = frozenset({str})
+_JSON_TYPES: Final[frozenset[type]] = frozenset({dict, list, str, bool, int, float, type(None)})
+_STR_ONLY: Final[frozenset[type]] = frozenset({str})
 _LONGEST_KEY_SHOWN: Final = 40
 
 _encode_json = msgspec.json.Encoder().encode
@@ -141,7 +141,7 @@ def _has_json_types(message: dict[str, Any]) -> bool:
         for container in level.values():
             values: Iterable[Any] = container
             if type(container) is dict:
-                if container and set(map(type, container)) != _STR_ONLY:
+                if not set(map(type, container)) <= _STR_ONLY:
                     return False
                 values = container.values()
             kinds = set(map(type, values))

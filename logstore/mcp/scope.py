@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import anyio
 
-from logstore.storage.commit import MAX_STREAM_BYTES
+from logstore.storage.record import MAX_STREAM_BYTES
 
 _TOKEN_BYTES: Final = 16
 
@@ -50,13 +50,13 @@ class SessionScope:
             return None
         return unquote(escaped, errors="surrogatepass")
 
-    def reading(self) -> anyio.CancelScope:
+    def add_reader(self) -> anyio.CancelScope:
         """Return a cancel scope for one reader, cancelled when the session ends."""
         reader = anyio.CancelScope()
         self._readers.add(reader)
         return reader
 
-    def read(self, reader: anyio.CancelScope) -> None:
+    def remove_reader(self, reader: anyio.CancelScope) -> None:
         """Forget a reader that is done."""
         self._readers.discard(reader)
 

@@ -91,7 +91,7 @@ class ScopedEventStore(EventStore):
 
 
 async def _follow(log: EventLog, session: SessionScope, name: str, after: str, send_callback: EventCallback) -> None:
-    reader = session.reading()
+    reader = session.add_reader()
     events = log.follow(name, after)
     try:
         with reader:
@@ -101,7 +101,7 @@ async def _follow(log: EventLog, session: SessionScope, name: str, after: str, s
                 if event.flags & FLAG_FINAL:
                     return
     finally:
-        session.read(reader)
+        session.remove_reader(reader)
         if isinstance(events, AsyncGenerator):
             # Left to the collector it would go on listening for a while.
             await events.aclose()

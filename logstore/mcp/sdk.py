@@ -5,8 +5,7 @@ Each function names the line it stands on; `tests/mcp/test_sdk.py` fails when a 
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
+import inspect
 from typing import Final
 
 TRANSPORT_MODULE: Final = "mcp.server.streamable_http"
@@ -30,7 +29,7 @@ def called_by_transport() -> bool:
 
     Source: `message_router` and `_mint_priming_event` await `self._event_store.store_event(…)`.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == TRANSPORT_MODULE:
             return True
