@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import uvicorn
 from mcp.server.mcpserver import Context, MCPServer
 from starlette.applications import Starlette
+
+from logstore.mcp.base import LogEventStore
+from logstore.storage import FLAG_FINAL
 
 DEADLINE_S = 20.0
 
@@ -25,7 +28,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def served(app: Starlette) -> AsyncIterator[int]:
+async def served(app: Starlette) -> AsyncGenerator[int, None]:
     """Serve an app on a free port; yield the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     port: int = listener.getsockname()[1]
@@ -48,19 +51,18 @@ class Relay:
 
     Attributes:
         port: Where the client connects to.
-        connections: How many there were.
     """
 
     def __init__(self, target: int) -> None:
         self.port = 0
-        self.connections = 0
         self._target = target
         self._open: set[asyncio.StreamWriter] = set()
-        self._cut = asyncio.Event()
+        self._passing = asyncio.Event()
+        self._passing.set()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def to(cls, port: int) -> AsyncIterator[Relay]:
+    async def to(cls, port: int) -> AsyncGenerator[Relay, None]:
         """Open a relay to a port of this machine."""
         relay = cls(port)
         server = await asyncio.start_server(relay._accept, "127.0.0.1", 0)
@@ -78,8 +80,16 @@ class Relay:
             writer.transport.abort()
         self._open.clear()
 
+    def hold(self) -> None:
+        """Let nobody through who connects from here on."""
+        self._passing.clear()
+
+    def release(self) -> None:
+        """Let those through who waited."""
+        self._passing.set()
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
+        await self._passing.wait()
         try:
             back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
@@ -146,6 +156,15 @@ def counting_server(steps: Steps) -> MCPServer:
         return f"{label} counted to {to}"
 
     return server
+
+
+async def response_stored(store: LogEventStore) -> None:
+    """Wait until the stream that was written last has its response."""
+    stats = store.get_stream_stats()
+    newest = max(stats, key=lambda name: int(stats[name]["last_event_id"]))
+    async for event in (await store.log()).follow(newest):
+        if event.flags & FLAG_FINAL:
+            break
 
 
 class Progress:

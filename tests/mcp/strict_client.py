@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -63,7 +63,7 @@ class StrictClient:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connected(cls, port: int, path: str = "/mcp") -> AsyncIterator[StrictClient]:
+    async def connected(cls, port: int, path: str = "/mcp") -> AsyncGenerator[StrictClient, None]:
         """Open a session."""
         async with httpx2.AsyncClient(timeout=20) as http:
             client = cls(http, f"http://127.0.0.1:{port}{path}")
@@ -75,7 +75,7 @@ class StrictClient:
             yield client
 
     @contextlib.asynccontextmanager
-    async def request(self, request_id: int | str, method: str, params: dict[str, Any]) -> AsyncIterator[Stream]:
+    async def request(self, request_id: int | str, method: str, params: dict[str, Any]) -> AsyncGenerator[Stream, None]:
         """POST a request and yield its stream."""
         body = {"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}
         async with self._http.stream("POST", self._url, json=body, headers=self._headers()) as response:
@@ -95,7 +95,7 @@ class StrictClient:
         assert response.status_code == 202
 
     @contextlib.asynccontextmanager
-    async def resume(self, last_event_id: str | None) -> AsyncIterator[Stream]:
+    async def resume(self, last_event_id: str | None) -> AsyncGenerator[Stream, None]:
         """GET a stream after an event, or the standalone one, and yield it."""
         headers = self._headers() | ({} if last_event_id is None else {"last-event-id": last_event_id})
         async with self._http.stream("GET", self._url, headers=headers) as response:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mcp import Client
 from mcp.server.lowlevel import Server
-from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver import MCPServer
 from mcp_types import TextContent
 
 from logstore.errors import ConfigurationError
-from logstore.mcp import InMemoryEventStore, resumable_http_app
+from logstore.mcp import InMemoryEventStore, PersistentEventStore, resumable_http_app
 from logstore.mcp.base import LogEventStore
 from logstore.mcp.http import SessionScoping
+from logstore.storage.files import Disk
 from tests.mcp.serving import DEADLINE_S, Progress, Relay, Steps, counting_server, served
 from tests.mcp.strict_client import Sse, StrictClient
 
@@ -270,20 +273,34 @@ async def test_the_store_opens_and_closes_with_the_app() -> None:
         await store.store_event("s", {"direct": True})
 
 
-async def test_a_tool_may_use_the_store_directly_under_names_of_its_own() -> None:
+async def test_a_tool_may_use_the_store_directly_under_names_of_its_own_and_gets_its_errors() -> None:
     store = InMemoryEventStore()
     server = MCPServer("auditing")
 
     @server.tool()
-    async def audit(ctx: Context) -> str:
+    async def audit(stream: str) -> str:
         """Write to the same store."""
-        return await store.store_event("audit", {"who": "me"})
+        return await store.store_event(stream, {"who": "me"})
 
     app = resumable_http_app(server, store)
     async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
-        async with client.call(1, "audit") as stream:
-            await stream.rest()
+        async with client.call(1, "audit", stream="audit") as stream:
+            assert not answers_of(await stream.rest())[0]["result"]["isError"]
+        async with client.call(2, "audit", stream="") as stream:
+            assert answers_of(await stream.rest())[0]["result"]["isError"]
         assert store.get_stream_stats()["audit"]["events"] == 1
+
+
+async def test_json_responses_pass() -> None:
+    app = resumable_http_app(counting_server(Steps()), InMemoryEventStore(), json_response=True)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        served(app) as port,
+        Client(f"http://127.0.0.1:{port}/mcp", mode="legacy") as client,
+    ):
+        result = await client.call_tool("count", {"to": 0, "label": "n"})
+    assert isinstance(result.content[0], TextContent)
+    assert result.content[0].text == "n counted to 0"
 
 
 @pytest.mark.parametrize(
@@ -295,6 +312,56 @@ def test_what_cannot_resume_is_refused(options: dict[str, Any], words: str) -> N
         resumable_http_app(counting_server(Steps()), InMemoryEventStore(), **options)
 
 
-def test_something_else_than_a_server_is_refused() -> None:
+def test_something_else_than_a_server_or_a_store_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="neither"):
         resumable_http_app(object(), InMemoryEventStore())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="one of logstore's, not dict"):
+        resumable_http_app(counting_server(Steps()), {})  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="must be degrade"):
+        resumable_http_app(counting_server(Steps()), PersistentEventStore(tmp_path / "e.db", on_write_failure="raise"))
+
+
+class FailingDisk(Disk):
+    """A disk that refuses to write, sync and make files while it is told to."""
+
+    failing = False
+
+    def write(self, fd: int, data: bytes, offset: int) -> None:
+        self._refuse()
+        super().write(fd, data, offset)
+
+    def sync(self, fd: int) -> None:
+        self._refuse()
+        super().sync(fd)
+
+    def create(self, path: Path) -> int:
+        self._refuse()
+        return super().create(path)
+
+    def _refuse(self) -> None:
+        if self.failing:
+            raise OSError(errno.EIO, "the disk fails")
+
+
+async def test_while_the_disk_fails_calls_go_on_and_resume_and_sessions_open(tmp_path: Path) -> None:
+    disk, steps = FailingDisk(), Steps()
+    steps.allow(6)
+    store = PersistentEventStore(tmp_path / "e.db", disk=disk)
+    app = resumable_http_app(counting_server(steps), store)
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as alice:
+        disk.failing = True
+        async with alice.call(1, "count", to=3, label="n") as stream:
+            events = await stream.rest()
+        async with alice.resume(events[1].id) as stream:
+            assert await stream.rest() == events[2:]
+        assert store.health().status == "degraded"
+        async with StrictClient.connected(port) as bob, bob.call(1, "count", to=0, label="n") as stream:
+            assert answers_of(await stream.rest())
+        disk.failing = False
+        async with alice.call(2, "count", to=3, label="n") as stream:
+            await stream.rest()
+    assert progress_of(events) == ["n 1", "n 2", "n 3"]
+    async with PersistentEventStore(tmp_path / "e.db") as reopened:
+        # The disk came back before the store closed, so the volatile ones are on it too.
+        stream_stats = reopened.get_stream_stats()
+        assert sorted(name.partition("/")[2] for name in stream_stats) == ["0", "0", "1", "1", "2"]
