@@ -24,9 +24,10 @@ that exist is synced without a change of the file's metadata, which takes a quar
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import google_crc32c
 import msgspec
@@ -169,6 +170,17 @@ class _BatchHeader(msgspec.Struct, frozen=True):
     chain: int
 
 
+class _Found(NamedTuple):
+    """Where a batch header stands that can be trusted, though its batch may be bad."""
+
+    offset: int
+    header: _BatchHeader
+
+    @property
+    def end(self) -> int:
+        return self.offset + BATCH_HEADER_BYTES + self.header.length
+
+
 def _batch_header_at(data: bytes, offset: int, salt: int) -> _BatchHeader | None:
     """Return the batch header at `offset`, if one of this file that can be trusted stands there."""
     if offset + BATCH_HEADER_BYTES > len(data):
@@ -193,7 +205,7 @@ class JournalReader:
     def __init__(self, header: FileHeader, encoded: bytes) -> None:
         self.header = header
         self.offset = PAGE_BYTES
-        self._number = 0
+        self.number = 0
         self._chain: int | None = _CRC.unpack_from(encoded, HEADER_BYTES - _CRC.size)[0]
 
     def batches(self, data: bytes, base: int = 0, limit: int | None = None) -> Iterator[Batch]:
@@ -216,7 +228,7 @@ class JournalReader:
                 continue
             start = offset + BATCH_HEADER_BYTES
             stop = start + header.length
-            if stop > end or header.number != self._number or self._chain not in (None, header.previous):
+            if stop > end or header.number != self.number or self._chain not in (None, header.previous):
                 return None
             body = data[start - base : stop - base]
             if google_crc32c.value(body) != header.checksum:
@@ -226,13 +238,13 @@ class JournalReader:
 
     def _accept(self, batch: Batch) -> None:
         self.offset = batch.end
-        self._number = batch.number + 1
+        self.number = batch.number + 1
         self._chain = batch.chain
 
     def continue_at(self, offset: int, number: int) -> None:
         """Go on behind a damaged place, with the batch `number` at `offset`."""
         self.offset = offset
-        self._number = number
+        self.number = number
         self._chain = None
 
 
@@ -262,55 +274,63 @@ def scan_journal(data: bytes, path: Path, known_durable: int = 0, limit: int | N
         data = data[:limit]
     reader = JournalReader(header, data)
     scan = JournalScan(header, [], PAGE_BYTES, 0, [])
+    later: deque[_Found] | None = None
     while True:
         for batch in reader.batches(data):
             scan.frames.extend(frame for _, frame in iter_frames(batch.body, header.seed))
         scan.end = bad = reader.offset
-        later = list(_later_headers(data, bad, header.salt))
-        durable = max((found.durable for _, found in later), default=0)
-        durable = max(durable, known_durable)
-        if durable <= bad:
+        if later is None:
+            # Looked for once: a file with thousands of bad places would be searched from each of them to its end.
+            later = deque(_later_headers(data, bad, header.salt))
+            known_durable = max(known_durable, max((found.header.durable for found in later), default=0))
+        while later and later[0].offset < bad:
+            later.popleft()
+        if known_durable <= bad:
             scan.torn_bytes = _torn_bytes(data, bad)
             return scan
-        if not _skip_damage(data, reader, scan, later, durable):
+        if not _skip_damage(data, reader, scan, later, known_durable):
             return scan
 
 
-def _later_headers(data: bytes, offset: int, salt: int) -> Iterator[tuple[int, _BatchHeader]]:
+def _later_headers(data: bytes, offset: int, salt: int) -> Iterator[_Found]:
     """Yield the batch headers that stand anywhere behind a bad place, wherever pages went missing between."""
     needle = salt.to_bytes(8, "little")
     # The bad batch's own header may be good and its body bad, so the search begins with it.
     position = data.find(needle, offset)
     while position >= 0:
-        if (found := _batch_header_at(data, position, salt)) is not None:
-            yield position, found
+        if (header := _batch_header_at(data, position, salt)) is not None:
+            yield _Found(position, header)
         position = data.find(needle, position + 1)
 
 
-def _skip_damage(
-    data: bytes, reader: JournalReader, scan: JournalScan, later: list[tuple[int, _BatchHeader]], durable: int
-) -> bool:
+def _skip_damage(data: bytes, reader: JournalReader, scan: JournalScan, later: deque[_Found], durable: int) -> bool:
     """Record the damage at the reader's place, save its whole frames, go on behind it; False at the end."""
     bad = reader.offset
-    lost: int | None = None
-    following = later
-    if later and later[0][0] in (bad, next_page(bad)):
-        own = later[0][1]
-        # A header can be trusted alone, but the rest of its batch is where the damage is.
-        following = later[1:]
-        if not following or following[0][1].number == own.number + 1:
-            lost = own.count
-    end, number = (following[0][0], following[0][1].number) if following else (durable, -1)
-    saved = [frame for _, frame in salvage_frames(data[bad:end], scan.header.seed)]
+    own = later.popleft() if later and _begins_at_reader(later[0], reader) else None
+    following = later[0] if later else None
+    if following is not None and following.offset >= durable and following.offset != next_page(durable):
+        # Not synced, nor the first that was written after the last sync: what came between was torn.
+        following = None
+    end = durable if following is None else following.offset
+    saved = [frame for _, frame in salvage_frames(data[bad : min(end, durable)], scan.header.seed)]
     scan.frames.extend(saved)
-    if lost is not None:
-        lost = max(0, lost - len(saved))
+    lost = None
+    if own is not None and (own.end == end if following is None else own.header.number + 1 == following.header.number):
+        # Nothing was between this batch and what follows, so all that is missing was in it.
+        lost = max(0, own.header.count - len(saved))
     scan.damage.append(JournalDamage(bad, end - bad, lost, "a batch that was on disk does not match its checksum"))
-    if number < 0:
+    if following is None:
         scan.end = end
+        scan.torn_bytes = _torn_bytes(data, end)
         return False
-    reader.continue_at(end, number)
+    reader.continue_at(end, following.header.number)
     return True
+
+
+def _begins_at_reader(found: _Found, reader: JournalReader) -> bool:
+    """Whether a header is that of the bad batch itself, and not of the next one where the bad one might have begun."""
+    places = (reader.offset, next_page(reader.offset))
+    return found.offset in places and found.header.number == reader.number
 
 
 def _torn_bytes(data: bytes, offset: int) -> int:

@@ -1,0 +1,121 @@
+"""A frame brings its event back unchanged, or not at all."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logstore.storage import record
+from logstore.storage.header import frame_seed
+from logstore.storage.ids import MAX_ID
+from logstore.storage.record import (
+    FRAME_HEADER,
+    MAX_BODY_BYTES,
+    Event,
+    decode_frame,
+    encode_frame,
+    frame_at,
+    iter_frames,
+    salvage_frames,
+)
+
+SEED = frame_seed(11)
+
+ids = st.integers(0, MAX_ID)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+events = st.builds(
+    Event, id=ids, prev=ids, time_us=ids, stream=names, flags=st.integers(0, 7), payload=st.binary(max_size=200)
+)
+
+
+def event(number: int, payload: bytes = b"payload") -> Event:
+    return Event(number, number - 1, 1_790_000_000_000_000, "stream", 0, payload)
+
+
+@given(events)
+def test_an_event_comes_back_as_it_was_stored(stored: Event) -> None:
+    frame = encode_frame(stored, SEED)
+    assert frame_at(frame, 0, SEED) == frame
+    assert decode_frame(frame) == stored
+    assert decode_frame(frame).event_id == str(stored.id)
+
+
+@given(events)
+def test_a_frame_of_another_store_is_refused(stored: Event) -> None:
+    frame = encode_frame(stored, frame_seed(12))
+    assert frame_at(frame, 0, SEED) is None
+    assert list(salvage_frames(frame, SEED)) == []
+
+
+def test_every_flipped_bit_of_a_frame_is_noticed() -> None:
+    frame = encode_frame(event(7), SEED)
+    for bit in range(len(frame) * 8):
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert frame_at(bytes(damaged), 0, SEED) is None
+
+
+@given(events, st.data())
+def test_a_frame_that_is_cut_short_is_refused(stored: Event, data: st.DataObject) -> None:
+    frame = encode_frame(stored, SEED)
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    assert frame_at(frame[:cut], 0, SEED) is None
+    assert list(iter_frames(frame + frame[:cut], SEED)) == [(0, frame)]
+
+
+def test_the_largest_event_is_stored_and_a_larger_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_BODY_BYTES", 1000)
+    overhead = len(encode_frame(event(7, bytes(900)), SEED)) - FRAME_HEADER.size - 900
+    largest = encode_frame(event(7, bytes(1000 - overhead)), SEED)
+    assert frame_at(largest, 0, SEED) == largest
+    with pytest.raises(ValueError, match="larger than the largest, 1000"):
+        encode_frame(event(7, bytes(1001 - overhead)), SEED)
+
+
+@pytest.mark.parametrize("length", [0, MAX_BODY_BYTES + 1, 0xFFFFFFFF])
+def test_a_length_out_of_bounds_is_not_believed(length: int) -> None:
+    assert frame_at(struct.pack("<II", length, 0) + bytes(100), 0, SEED) is None
+
+
+def test_zeros_are_no_frame() -> None:
+    # Without the bound on the length an empty body would pass: the checksum of nothing is the seed itself.
+    for seed in (0, SEED):
+        assert frame_at(bytes(64), 0, seed) is None
+        assert list(salvage_frames(bytes(4096), seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_whole_frame_around_damage_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    # Bytes that look like the start of a body, and lengths that look like lengths, are where a search goes astray.
+    payloads = (b"\x96" * rng.randrange(60), rng.randbytes(rng.randrange(300)), struct.pack("<II", 20, 0) * 5 + b"\x96")
+    frames = [encode_frame(event(number, rng.choice(payloads)), SEED) for number in range(1, 40)]
+    data = bytearray(b"".join(frames))
+    for _ in range(rng.randrange(1, 6)):
+        start = rng.randrange(len(data))
+        end = min(len(data), start + rng.choice((1, 20, 512)))
+        data[start:end] = rng.choice((bytes(end - start), rng.randbytes(end - start), b"\x96" * (end - start)))
+    whole = []
+    offset = 0
+    for frame in frames:
+        if data[offset : offset + len(frame)] == frame:
+            whole.append((offset, frame))
+        offset += len(frame)
+    assert list(salvage_frames(bytes(data), SEED)) == whole
+
+
+def test_a_search_finds_frames_at_the_very_start_and_end() -> None:
+    first, last = encode_frame(event(1), SEED), encode_frame(event(2), SEED)
+    data = first + b"torn" + last
+    assert list(salvage_frames(data, SEED)) == [(0, first), (len(first) + 4, last)]
+    assert list(salvage_frames(data, SEED, len(first))) == [(len(first) + 4, last)]
+
+
+def test_a_frame_inside_the_payload_of_a_whole_one_is_payload() -> None:
+    inner = encode_frame(event(1), SEED)
+    outer = encode_frame(event(2, inner), SEED)
+    assert list(salvage_frames(outer, SEED)) == [(0, outer)]
