@@ -66,13 +66,13 @@ def encode_substitute(message: Message | None, problem: InvalidMessageError) -> 
     A response becomes an error under the same request id: the request's stream must end, or a client waits for ever.
     Anything else becomes a priming event: the stream goes on without it.
     """
+    reason = _printable(problem)
     if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
-        logger.error("the response to request %r cannot be stored, an error takes its place: %s", message.id, problem)
-        reason = str(problem).encode(errors="backslashreplace").decode()
+        logger.error("the response to request %r cannot be stored, an error takes its place: %s", message.id, reason)
         data = ErrorData(code=INTERNAL_ERROR, message=f"the result of this request cannot be sent as JSON: {reason}")
         return _encode_model(JSONRPCError(jsonrpc="2.0", id=message.id, error=data)), FLAG_MODEL | FLAG_FINAL
     method = getattr(message, "method", None)
-    logger.error("a message (%s) cannot be stored and is left out: %s", method or type(message).__name__, problem)
+    logger.error("a message (%r) cannot be stored and is left out: %s", method or type(message).__name__, reason)
     return b"", FLAG_PRIMING
 
 
@@ -115,7 +115,7 @@ def _encode_model(message: JSONRPCMessage) -> bytes:
         return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
     except Exception as error:
         # A serializer of a field may raise anything.
-        raise InvalidMessageError("$", f"{type(error).__name__}: {error}") from error
+        raise InvalidMessageError("$", f"{type(error).__name__}: {_printable(error)}") from error
 
 
 def _encode_plain(message: object) -> bytes:
@@ -209,6 +209,11 @@ def _step(key: object) -> str:
     if type(key) is str:
         return f"[{key[:_LONGEST_KEY_SHOWN]!a}]"
     return f"[{key}]"
+
+
+def _printable(error: Exception) -> str:
+    """Return an error's text without the half surrogates that it may quote: no log file or message can hold them."""
+    return str(error).encode(errors="backslashreplace").decode()
 
 
 def _name_of(value: object) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import uvicorn
 from mcp.server.mcpserver import Context, MCPServer
@@ -142,9 +143,9 @@ class Steps:
             await self._changed.wait_for(lambda: self.done >= done)
 
 
-def counting_server(steps: Steps) -> MCPServer:
+def counting_server(steps: Steps, **options: Any) -> MCPServer:
     """Return a server with a tool that counts in steps and reports each as progress."""
-    server = MCPServer("counting")
+    server = MCPServer("counting", **options)
 
     @server.tool()
     async def count(to: int, label: str, ctx: Context) -> str:

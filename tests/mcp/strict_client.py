@@ -56,17 +56,18 @@ class StrictClient:
         session_id: Given by the server.
     """
 
-    def __init__(self, http: httpx2.AsyncClient, url: str) -> None:
+    def __init__(self, http: httpx2.AsyncClient, url: str, token: str | None) -> None:
         self._http = http
         self._url = url
+        self._token = token
         self.session_id: str | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connected(cls, port: int, path: str = "/mcp") -> AsyncGenerator[StrictClient, None]:
-        """Open a session."""
+    async def connected(cls, port: int, token: str | None = None) -> AsyncGenerator[StrictClient, None]:
+        """Open a session, with a bearer token where the server asks for one."""
         async with httpx2.AsyncClient(timeout=20) as http:
-            client = cls(http, f"http://127.0.0.1:{port}{path}")
+            client = cls(http, f"http://127.0.0.1:{port}/mcp", token)
             info = {"protocolVersion": PROTOCOL, "capabilities": {}, "clientInfo": {"name": "strict", "version": "1"}}
             async with client.request(0, "initialize", info) as stream:
                 client.session_id = stream.response.headers["mcp-session-id"]
@@ -107,4 +108,6 @@ class StrictClient:
 
     def _headers(self) -> dict[str, str]:
         headers = {"accept": "application/json, text/event-stream", "mcp-protocol-version": PROTOCOL}
+        if self._token is not None:
+            headers["authorization"] = f"Bearer {self._token}"
         return headers | ({} if self.session_id is None else {"mcp-session-id": self.session_id})

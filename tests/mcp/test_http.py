@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from mcp import Client
+from mcp.server.auth.provider import AccessToken, TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import MCPServer
 from mcp_types import TextContent
+from pydantic import AnyHttpUrl
 
 from logstore.errors import ConfigurationError
 from logstore.mcp import InMemoryEventStore, PersistentEventStore, resumable_http_app
@@ -262,6 +265,34 @@ async def test_the_end_of_a_session_ends_its_readers_and_nothing_of_it_stays_in_
             assert stream.response.status_code == 404
     gc.collect()
     assert list(scoping._sessions) == []
+
+
+class Tokens(TokenVerifier):
+    """Whoever names a user is that user."""
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        return AccessToken(token=token, client_id=token, scopes=[], subject=token)
+
+
+async def test_behind_authentication_a_session_belongs_to_its_credential() -> None:
+    steps = Steps()
+    steps.allow(2)
+    auth = AuthSettings(issuer_url=AnyHttpUrl("http://127.0.0.1"), resource_server_url=None)
+    server = counting_server(steps, token_verifier=Tokens(), auth=auth)
+    app = resumable_http_app(server, InMemoryEventStore())
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        served(app) as port,
+        StrictClient.connected(port, "alice") as alice,
+        StrictClient.connected(port, "bob") as bob,
+    ):
+        async with alice.call(1, "count", to=2, label="alice") as stream:
+            events = await stream.rest()
+        async with alice.resume(events[0].id) as stream:
+            assert await stream.rest() == events[1:]
+        bob.session_id = alice.session_id
+        async with bob.resume(events[0].id) as stream:
+            assert stream.response.status_code == 404
 
 
 async def test_the_store_opens_and_closes_with_the_app() -> None:
