@@ -6,6 +6,7 @@ behind it that fails, or that forgets what was not synced.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -165,13 +166,19 @@ class Disk:
         """Put a whole file in place: at any instant a reader, or a crash, finds the old one or the new one."""
         temporary = path.with_name(f"{path.name}.tmp")
         self.unlink(temporary)
-        fd = self.create(temporary)
         try:
-            self.write(fd, data, 0)
-            self.sync(fd)
-        finally:
-            self.close(fd)
-        self.rename(temporary, path)
+            fd = self.create(temporary)
+            try:
+                self.write(fd, data, 0)
+                self.sync(fd)
+            finally:
+                self.close(fd)
+            self.rename(temporary, path)
+        except BaseException:
+            # On a full disk half a file that nobody reads would be in the way of everything else.
+            with contextlib.suppress(OSError):
+                self.unlink(temporary)
+            raise
         self.sync_folder(path.parent)
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:
@@ -208,19 +215,29 @@ def refuse_unsupported_place(folder: Path) -> None:
     """
     if sys.platform not in ("linux", "darwin"):
         raise NotAStoreError(f"logstore runs on Linux and macOS; {sys.platform} has no flock and no folder sync")
-    kind = _file_system_type(folder)
+    _refuse_type(folder, _file_system_type(folder))
+
+
+def _refuse_type(folder: Path, kind: str | None) -> None:
     if kind in _NETWORK_FILE_SYSTEMS:
         raise NotAStoreError(f"{folder} is on a network file system ({kind}); put the store on a local disk")
 
 
 def _file_system_type(folder: Path) -> str | None:
     """Return the type of the file system that holds `folder` (Linux), or None where the system does not tell."""
-    device = os.stat(folder).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_text()
     except OSError:
         return None
+    return _type_of_device(mounts, os.stat(folder).st_dev)
+
+
+def _type_of_device(mounts: str, device: int) -> str | None:
+    """Return the file system type of a device, from the text of `/proc/self/mountinfo`.
+
+    Source: proc_pid_mountinfo(5): optional fields of any number end with a lone hyphen, then comes the type.
+    """
+    wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[2] == wanted:

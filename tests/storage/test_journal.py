@@ -27,7 +27,7 @@ from logstore.storage.journal import (
     scan_journal,
 )
 from logstore.storage.record import Event, decode_frame, encode_frame
-from tests.storage.disks import SECTOR_BYTES, CrashDisk, Fault, FaultyDisk
+from tests.storage.disks import SECTOR_BYTES, CrashDisk, Fault, FaultyDisk, open_descriptors
 
 PATH = Path("0000000001.journal")
 STORE_ID = 77
@@ -633,10 +633,6 @@ def test_a_journal_that_cannot_be_begun_holds_no_descriptor(tmp_path: Path, kind
     with pytest.raises(OSError, match="Input/output error"):
         JournalWriter(disk, tmp_path / PATH.name, HEADER)
     assert open_descriptors() == before
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/dev/fd").iterdir()))
 
 
 def test_a_journal_never_takes_the_place_of_another(tmp_path: Path) -> None:
