@@ -96,7 +96,7 @@ class Log:
         self._disk = disk or Disk()
         self._tail = Tail(self.options.cache_bytes, self.options.cached_events_per_stream)
         self._parts: _Parts | None = None
-        self._opening: asyncio.Lock | None = None
+        self._opening: asyncio.Future[OpenStore] | None = None
         self._closed = False
         self._hits = 0
         self._misses = 0
@@ -118,13 +118,25 @@ class Log:
         if self._closed:
             raise StoreClosedError(f"the store {self.path} is closed")
         if self._parts is None:
-            self._opening = self._opening or asyncio.Lock()
-            async with self._opening:
-                if self._parts is None:
-                    store = await asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
-                    self._parts = _Parts(store, self._tail, self.options, self._disk)
-                    _open_logs.add(self)
+            store = await self._opened_files()
+            if self._closed:
+                # `close` waits for the same files and gives them back.
+                raise StoreClosedError(f"the store {self.path} is closed")
+            if self._parts is None:
+                self._parts = _Parts(store, self._tail, self.options, self._disk)
+                _open_logs.add(self)
         self._parts.bind()
+
+    async def _opened_files(self) -> OpenStore:
+        """Open the files once, for all who ask; a caller that is cancelled leaves that to the others, or to `close`."""
+        if self._opening is None:
+            opening = asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
+            self._opening = asyncio.ensure_future(opening)
+        try:
+            return await asyncio.shield(self._opening)
+        except Exception:
+            self._opening = None
+            raise
 
     async def close(self) -> None:
         """Commit and checkpoint everything, and give the lane back. Idempotent.
@@ -138,6 +150,9 @@ class Log:
         if self._parts is not None:
             await self._parts.close()
             _open_logs.discard(self)
+        elif self._opening is not None:
+            store = await self._opening
+            await asyncio.to_thread(store.close, empty=True)
 
     async def __aenter__(self) -> Log:
         """Open the store."""
@@ -170,7 +185,7 @@ class Log:
         with `interval` and `os`. While the disk fails and the policy is `degrade`, it is in memory only; see `health`.
 
         Args:
-            stream: Name of the stream: 1 to 512 bytes of UTF-8, printable.
+            stream: Name of the stream: 1 to 512 bytes of UTF-8 without control characters.
             payload: What to store.
             flags: `FLAG_…` bits of `record`.
 

@@ -15,6 +15,7 @@ that a segment alone says whose events it holds. The place in a journal is bound
 from __future__ import annotations
 
 import struct
+import unicodedata
 from collections.abc import Iterator
 from typing import Final
 
@@ -37,6 +38,8 @@ MAX_BODY_BYTES: Final = 64 << 20
 """Bound on a length field that is to be believed; also the largest event."""
 
 
+_UNSHOWABLE: Final = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode categories that would break a line of a table or a log: control characters and line separators."""
 MAX_STREAM_BYTES: Final = 512
 """Bound on the name of a stream."""
 
@@ -70,7 +73,7 @@ def check_stream_name(name: str) -> None:
     """Refuse a name that could not be stored, or not be shown.
 
     Raises:
-        InvalidStreamError: It is empty, long, or holds characters that do not print.
+        InvalidStreamError: It is empty, long, or holds control characters.
     """
     try:
         size = len(name.encode())
@@ -78,8 +81,8 @@ def check_stream_name(name: str) -> None:
         raise InvalidStreamError(f"the stream name {name[:80]!r} holds half of a surrogate pair") from None
     if not 0 < size <= MAX_STREAM_BYTES:
         raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
-    if not name.isprintable():
-        raise InvalidStreamError(f"the stream name {name[:80]!r} holds a character that does not print")
+    if not name.isprintable() and any(unicodedata.category(character) in _UNSHOWABLE for character in name):
+        raise InvalidStreamError(f"the stream name {name[:80]!r} holds a control character")
 
 
 class _Stamp(msgspec.Struct, array_like=True, gc=False):
