@@ -162,6 +162,12 @@ def iso_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def is_damage(error: BaseException) -> bool:
+    """Whether an error says that the file is damaged, or no database; not that the disk refuses or a lock is held."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     """Open the database with the settings that every connection of ours has."""
     mode = "rwc" if write else "ro"
@@ -196,7 +202,9 @@ def inspect_file(path: Path) -> str:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
         return "damaged"
     if application == 0 and not tables:
         return "absent"
@@ -216,48 +224,78 @@ class Catalogue:
     """The index of one open store.
 
     Two connections: one that only the checkpoint's thread uses and writes with, one for reads by any thread.
+
+    Attributes:
+        suspect: Whether SQLite found the file damaged; the holder of the checkpoint lock is to make it again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.suspect = False
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._read_lock = threading.Lock()
-        self._inode = 0
+        self._write_inode = 0
+        self._read_inode = 0
+        # Readers of a file that is gone from the path, closed after its writer: see `_close`.
+        self._retired: list[sqlite3.Connection] = []
 
     def open(self) -> None:
         """Open the database, make or migrate its tables; the caller holds the checkpoint lock.
+
+        When it is open already, the file that is at the path now takes the place of the one before.
 
         Raises:
             sqlite3.Error: The file is damaged, or the disk refuses.
         """
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.close(fd)
-        self._writer = connect(self.path, write=True)
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        database = Database(self._writer)
-        if _migrations.pending(database):
-            _migrations.apply(database)
-            self._writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._reader = connect(self.path, write=False)
-        self._inode = self.path.stat().st_ino
+        with contextlib.ExitStack() as undo:
+            writer = undo.enter_context(contextlib.closing(connect(self.path, write=True)))
+            writer.execute("PRAGMA journal_mode = WAL")
+            database = Database(writer)
+            if _migrations.pending(database):
+                # Before the first table: a database with tables and without this is another program's.
+                writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                _migrations.apply(database)
+                writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            reader = undo.enter_context(contextlib.closing(connect(self.path, write=False)))
+            reader.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            undo.pop_all()
+        with self._read_lock:
+            self._close()
+            self._writer, self._reader = writer, reader
+            self._write_inode = self._read_inode = self.path.stat().st_ino
+            self.suspect = False
 
     def close(self) -> None:
         """Close both connections; the caller holds the checkpoint lock, since SQLite may end its WAL here."""
         with self._read_lock:
-            for connection in (self._reader, self._writer):
-                if connection is not None:
-                    connection.close()
-            self._reader = self._writer = None
+            self._close()
+
+    def _close(self) -> None:
+        """Close all connections, so that SQLite does not remove a WAL that is not its own.
+
+        The last connection that may write folds the WAL into the database and removes it, by name. When another file
+        has come to the path, the WAL beside it is that file's: then a reader must be the last.
+        """
+        readers = [*self._retired, *([self._reader] if self._reader else [])]
+        writers = [self._writer] if self._writer else []
+        for connection in writers + readers if self.replaced else readers + writers:
+            connection.close()
+        self._retired.clear()
+        self._reader = self._writer = None
 
     @property
     def replaced(self) -> bool:
-        """Whether the path holds another file than the one that is open, or none."""
+        """Whether the path holds another file than the one that is open for writing, or none."""
+        return self._inode() != self._write_inode
+
+    def _inode(self) -> int:
         try:
-            return self.path.stat().st_ino != self._inode
+            return self.path.stat().st_ino
         except FileNotFoundError:
-            return True
+            return 0
 
     @property
     def _write(self) -> sqlite3.Connection:
@@ -268,11 +306,12 @@ class Catalogue:
     def transaction(self) -> Generator[None]:
         """Commit what the block wrote: on return it is on disk; an error undoes all of it."""
         connection = self._write
-        connection.execute("BEGIN IMMEDIATE")
         try:
+            connection.execute("BEGIN IMMEDIATE")
             yield
             connection.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
+            self.suspect |= is_damage(error)
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
@@ -305,6 +344,17 @@ class Catalogue:
     def add_events(self, rows: Iterable[tuple[int, int, int, int, int]]) -> None:
         """Add rows `(event_id, stream_id, segment_id, offset, length)`; ids that are there already stay."""
         self._insert("events", rows, 5)
+
+    def indexed(self, ids: Sequence[int]) -> dict[int, int]:
+        """Return the segment of each of the given events that are in the index."""
+        found: dict[int, int] = {}
+        rest = iter(ids)
+        while part := list(islice(rest, _ROWS_A_STATEMENT)):
+            marks = ", ".join("?" * len(part))
+            found.update(
+                self._write.execute(f"SELECT event_id, segment_id FROM events WHERE event_id IN ({marks})", part)
+            )
+        return found
 
     def add_extents(self, extents: Iterable[Extent]) -> None:
         """Add runs; one that is there already stays."""
@@ -367,7 +417,16 @@ class Catalogue:
     def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
         with self._read_lock:
             assert self._reader is not None, "the catalogue is not open"
-            return self._reader.execute(sql, arguments).fetchall()
+            if self._inode() not in (0, self._read_inode):
+                # Another process made the index again.
+                reader = connect(self.path, write=False)
+                self._retired.append(self._reader)
+                self._reader, self._read_inode = reader, self._inode()
+            try:
+                return self._reader.execute(sql, arguments).fetchall()
+            except sqlite3.Error as error:
+                self.suspect |= is_damage(error)
+                raise
 
     def last_id(self) -> int:
         """Return the highest event id in the index, 0 when it is empty."""

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from logstore.errors import DamageError, LogstoreError, StoreLockedError, WriteFailedError
-from logstore.storage.catalogue import Catalogue, inspect_file
+from logstore.errors import DamageError, NotAStoreError, StoreLockedError, WriteFailedError
+from logstore.storage.catalogue import Catalogue, inspect_file, is_damage
 from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
@@ -25,6 +25,7 @@ from logstore.storage.tail import Generation, Tail
 logger = logging.getLogger("logstore")
 
 _WAIT_S: Final = 0.01
+_SQLITE_FILES: Final = ("", "-wal", "-shm")
 
 
 def log_folder(path: Path) -> Path:
@@ -58,18 +59,24 @@ class OpenStore:
         self._path = path
         self._segment_bytes = segment_bytes
         self.root = log_folder(path)
-        with contextlib.ExitStack() as undo:
+        try:
             try:
-                self._open(undo)
-            except LogstoreError:
-                raise
-            except (OSError, sqlite3.Error) as error:
-                raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
+                self._open_or_undo(mend=False)
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._open_or_undo(mend=True)
+        except (OSError, sqlite3.Error) as error:
+            raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
+
+    def _open_or_undo(self, *, mend: bool) -> None:
+        with contextlib.ExitStack() as undo:
+            self._open(undo, mend)
             undo.pop_all()
 
-    def _open(self, undo: contextlib.ExitStack) -> None:
+    def _open(self, undo: contextlib.ExitStack, mend: bool) -> None:
         disk, root = self._disk, self.root
-        found = inspect_file(self._path)
+        self._refuse_foreign_file()
         disk.make_folder(self._path.parent)
         refuse_unsupported_place(self._path.parent)
         for folder in ("lanes", "segments"):
@@ -82,7 +89,9 @@ class OpenStore:
         self.catalogue = Catalogue(self._path)
         undo.callback(self.catalogue.close)
         with self.checkpoint_lock():
-            self._open_catalogue(found)
+            self.catalogue.suspect = mend
+            self._mend_catalogue()
+            self.catalogue.open()
             self.lane = Lane.acquire(disk, root, self.store_id)
             undo.callback(self.lane.end)
             reserved = (read_reservation(disk, folder).event_id for _, folder in lane_folders(disk, root))
@@ -127,51 +136,54 @@ class OpenStore:
             return store_id
         return None
 
-    def _open_catalogue(self, found: str) -> None:
-        """Open the index; one that is lost or damaged is made again from the segments."""
-        if found == "damaged":
-            self._set_catalogue_aside()
-        try:
-            self.catalogue.open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            self.catalogue.close()
-            self._set_catalogue_aside()
-            self.catalogue.open()
-        self.index_again()
+    def _refuse_foreign_file(self) -> None:
+        """Refuse a file that is not a catalogue, before anything is written beside it."""
+        if inspect_file(self._path) == "damaged" and not (self.root / "registry.log").exists():
+            # Without a log beside it nothing says that the file was ever ours.
+            raise NotAStoreError(f"{self._path} is not a SQLite database, nothing was written; give another path")
 
-    def index_again(self) -> None:
-        """Fill an empty index from the segments; the caller holds the checkpoint lock."""
-        if self.catalogue.last_id() == 0 and segment_numbers(self._disk, self.root):
-            started = time.monotonic()
-            events = reindex(self._disk, self.root, self.catalogue, self.store_id)
-            logger.warning("indexed %d events again in %.1f s", events, time.monotonic() - started)
+    def _mend_catalogue(self) -> None:
+        """Make an index that is lost or damaged again from the log; the caller holds the checkpoint lock."""
+        found = inspect_file(self._path)
+        if found == "damaged" or self.catalogue.suspect:
+            self._set_catalogue_aside()
+        if found != "ours" or self.catalogue.suspect:
+            self._make_index()
+
+    def _make_index(self) -> None:
+        """Put an index in place that is made of all segments; the caller holds the checkpoint lock.
+
+        Beside its place first: one that a crash left half made would pass for whole, and other processes read it.
+        """
+        if not segment_numbers(self._disk, self.root):
+            return
+        started = time.monotonic()
+        fresh = Catalogue(self._path.with_name(f"{self._path.name}.new"))
+        for suffix in _SQLITE_FILES:
+            self._disk.unlink(_beside(fresh.path, suffix))
+        try:
+            fresh.open()
+            events = reindex(self._disk, self.root, fresh, self.store_id)
+        finally:
+            fresh.close()
+        if _beside(fresh.path, "-wal").exists():
+            raise OSError(f"SQLite left {fresh.path} unfinished")
+        # The write-ahead log of the file that was here would pass for the new one's.
+        for suffix in _SQLITE_FILES[1:]:
+            self._disk.unlink(_beside(self._path, suffix))
+        self._disk.rename(fresh.path, self._path)
+        self._disk.sync_folder(self._path.parent)
+        logger.warning("indexed %d events again in %.1f s", events, time.monotonic() - started)
 
     def _set_catalogue_aside(self) -> None:
-        """Move a damaged index away, never over another one, unless somebody else works with it."""
-        if not (self.root / "registry.log").exists() or not segment_numbers(self._disk, self.root):
-            # Without a log beside it nothing says that the file was ever ours.
-            raise DamageError(self._path, 0, self._path.stat().st_size, "this is not a SQLite database; move it away")
-        self._store_lock.release()
-        exclusive = self._disk.lock(self.root / "store.lock")
-        if exclusive is None:
-            pids = lock_holders(self.root / "store.lock")
-            raise StoreLockedError(
-                f"the catalogue {self._path} is damaged and in use by process {pids}; close it there, then open again",
-                pids,
-            )
-        try:
-            for suffix in ("", "-wal", "-shm"):
-                source = self._path.with_name(self._path.name + suffix)
-                if source.exists():
-                    target = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}{suffix}")
-                    self._disk.rename(source, target)
-                    logger.error("the catalogue is damaged: kept as %s, made again from the log", target)
-            self._disk.sync_folder(self._path.parent)
-        finally:
-            exclusive.release()
-        self._store_lock = self._share_store()
+        """Move a damaged index away, never over another one; who has it open sees that the path has another file."""
+        kept = _beside(self._path, f".damaged-{time.time_ns()}")
+        for suffix in _SQLITE_FILES:
+            source = _beside(self._path, suffix)
+            if source.exists():
+                self._disk.rename(source, _beside(kept, suffix))
+        logger.error("the catalogue is damaged: kept as %s, made again from the log", kept)
+        self._disk.sync_folder(self._path.parent)
 
     def checkpoint_lock(self) -> Lock:
         """Wait for the lock that the writer of segments and catalogue holds."""
@@ -188,17 +200,22 @@ class OpenStore:
         lane = self.lane
         journals = [Journal(lane.folder, lane.number, generation.ordinal) for generation in generations]
         with self.checkpoint_lock():
-            if self.catalogue.replaced:
-                logger.error("%s was removed or replaced while it was open; it is made again", self._path)
-                self.catalogue.close()
-                inspect_file(self._path)
-                self.catalogue.open()
-                self.index_again()
+            self._keep_catalogue()
             self.segments.write(tail.runs(generations), journals, time.time_ns() // 1000)
             changes = self.registry.changes()
             if changes:
                 with self.catalogue.transaction():
                     self.catalogue.put_sessions(changes)
+
+    def _keep_catalogue(self) -> None:
+        """See to it that the index at the path is whole and the one that is open; the caller holds its lock."""
+        if self.catalogue.suspect or self.catalogue.replaced:
+            logger.error("%s was removed, replaced or damaged while it was open", self._path)
+            if self.catalogue.replaced:
+                # What was found damaged is not what is there now.
+                self.catalogue.suspect = False
+            self._mend_catalogue()
+            self.catalogue.open()
 
     def adopt_dead_lanes(self) -> int:
         """Take what dead processes left in their lanes, without waiting for anybody who does the same.
@@ -206,6 +223,9 @@ class OpenStore:
         Returns:
             The highest event id found, 0 for none.
         """
+        if self.catalogue.suspect or self.catalogue.replaced:
+            with self.checkpoint_lock():
+                self._keep_catalogue()
         highest = 0
         for number, folder in lane_folders(self._disk, self.root):
             if number == self.lane.number or not journal_ordinals(self._disk, folder):
@@ -273,3 +293,7 @@ class OpenStore:
         self.lane.end()
         self.registry.close()
         self._store_lock.release()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)

@@ -50,9 +50,12 @@ def adopt_lane(
             segments.write([], [journal], time.time_ns() // 1000)
             continue
         scan = _recover_journal(disk, root, journal, catalogue, store_id, ends.get(ordinal), durable)
-        runs = _runs(scan.frames)
-        highest = max(highest, max((run.ids[-1] for run in runs), default=0))
-        segments.write(runs, [journal], time.time_ns() // 1000)
+        frames = {decode_frame(frame).id: frame for frame in scan.frames}
+        highest = max(highest, max(frames, default=0))
+        # Some may be in segments: a checkpoint got them there, and the index, which knew that, was lost.
+        for event_id in catalogue.indexed(list(frames)):
+            del frames[event_id]
+        segments.write(_runs(list(frames.values())), [journal], time.time_ns() // 1000)
     if ordinals:
         logger.info("adopted %d journal files of lane %04d", len(ordinals), number)
     return highest
@@ -180,9 +183,14 @@ def reindex(disk: Disk, root: Path, catalogue: Catalogue, store_id: int) -> int:
         FormatVersionError: A newer release wrote a segment.
     """
     total = 0
+    # The index must not name a file whose entry in the folder a power cut can still take.
+    disk.sync_folder(root / "segments")
     for number in segment_numbers(disk, root):
         path = segment_path(root, number)
         data = read_from_device(disk, path)
+        if len(data) < HEADER_BYTES:
+            # Only being made when its writer died: nothing was ever in it.
+            continue
         try:
             decode_header(data, path, KIND_SEGMENT)
         except DamageError as error:
@@ -197,6 +205,9 @@ def _index_segment(catalogue: Catalogue, number: int, path: Path, data: bytes, s
     found = [
         _Found(decode_frame(frame), offset, len(frame)) for offset, frame in salvage_frames(data, frame_seed(store_id))
     ]
+    # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again.
+    twice = catalogue.indexed([each.event.id for each in found])
+    found = [each for each in found if each.event.id not in twice]
     runs = list(_contiguous(found))
     with catalogue.transaction():
         numbers = catalogue.add_streams(list(dict.fromkeys(run[0].event.stream for run in runs)))
