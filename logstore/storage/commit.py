@@ -188,12 +188,16 @@ class GroupCommit:
     async def _ready(self) -> None:
         """Take up the running loop, and wait for room in the journal while that helps."""
         self.bind()
-        while not (self._room.is_set() or self._closed or self.failure or self.stuck):
-            await self._room.wait()
+        while not (self._room.is_set() or self._closed or self.failure):
+            if self.stuck is None:
+                await self._room.wait()
+            elif self._busy:
+                # What the journal's thread does belongs to the file that is given up next: its end must be known.
+                await self._turn()
+            else:
+                self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
         if self._closed:
             raise StoreClosedError("the store is closed")
-        if not self._room.is_set() and self.failure is None:
-            self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
         if self.failure is not None and self._raises:
             raise self._refusal()
 

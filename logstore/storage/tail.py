@@ -100,7 +100,8 @@ class Tail:
         self._keep = max(1, cached_events)
         self.streams: dict[str, StreamTail] = {}
         self.generations: deque[Generation] = deque()
-        self._cached: deque[StreamTail] = deque()
+        # In the order of their last checkpoint.
+        self._cached: dict[StreamTail, None] = {}
         self.bytes = 0
         self.unsegmented_bytes = 0
 
@@ -187,7 +188,9 @@ class Tail:
                 self._trim(owner, last)
         # What is not in segments yet has its share of the budget whether it uses it or not: the cache must not fill it.
         while self.bytes - self.unsegmented_bytes > self._cache_budget and self._cached:
-            self._evict(self._cached.popleft())
+            owner = next(iter(self._cached))
+            del self._cached[owner]
+            self._evict(owner)
 
     def _trim(self, owner: StreamTail, last: int) -> None:
         """Keep the newest of a stream's events up to `last`, and queue it for eviction."""
@@ -195,7 +198,8 @@ class Tail:
         surplus = min(owner.in_segments, len(owner.ids) - self._keep)
         if surplus > 0:
             self._drop(owner, surplus)
-        self._cached.append(owner)
+        self._cached.pop(owner, None)
+        self._cached[owner] = None
 
     def _drop(self, owner: StreamTail, count: int) -> None:
         self.bytes -= memory_of(owner.frames[:count])
