@@ -82,6 +82,8 @@ def _seed(header: FileHeader) -> int:
 
 def _encode(entry: _Entry, seed: int) -> bytes:
     body = _encoder.encode(entry)
+    if len(body) > _MAX_ENTRY_BYTES:
+        raise ValueError(f"a session of {len(body)} bytes is larger than the largest, {_MAX_ENTRY_BYTES}")
     return _FRAME.pack(len(body), google_crc32c.extend(seed, body)) + body
 
 
@@ -101,6 +103,7 @@ class Registry:
         self._fd = -1
         self._header: FileHeader | None = None
         self._end = 0
+        self._failed = False
         self._entries = 0
         self._sessions: dict[str, Session] = {}
         self._changed: dict[str, SessionChange] = {}
@@ -119,16 +122,23 @@ class Registry:
             if not self._path.exists():
                 header = FileHeader(kind=KIND_REGISTRY, store_id=store_id, salt=new_salt())
                 self._disk.publish(self._path, header.encode())
-            self._reopen()
+            try:
+                self._reopen()
+            except BaseException:
+                self._close()
+                raise
             assert self._header is not None
             return self._header.store_id
 
     def close(self) -> None:
         """Close the file."""
         with self._mutex:
-            if self._fd >= 0:
-                self._disk.close(self._fd)
-                self._fd = -1
+            self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+            self._fd = -1
 
     def find(self, key: str) -> Session | None:
         """Return a session that has not ended, as of now."""
@@ -143,7 +153,12 @@ class Registry:
             return list(self._sessions.values())
 
     def open_session(self, key: str, incarnation: int, now_us: int, data: bytes) -> Session:
-        """Add a session; on return it is on disk."""
+        """Add a session; on return it is on disk.
+
+        Raises:
+            ValueError: Key and data together are larger than 1 MiB.
+            OSError: The disk refused.
+        """
         self._append(_Entry(_OPENED, key, incarnation, now_us, data))
         return Session(key, incarnation, now_us, data)
 
@@ -178,12 +193,15 @@ class Registry:
 
     def _append_locked(self, entry: _Entry) -> None:
         assert self._header is not None
-        if self._entries - len(self._sessions) > _REWRITE_ENTRIES:
+        if self._failed or self._entries - len(self._sessions) > _REWRITE_ENTRIES:
+            # After a failed sync the next one succeeds without having written what the first one could not.
             self._rewrite()
         data = _encode(entry, _seed(self._header))
         # What a torn append left behind the end is written over: it was never acknowledged.
+        self._failed = True
         self._disk.write(self._fd, data, self._end)
         self._disk.sync(self._fd)
+        self._failed = False
         self._end += len(data)
         self._apply(entry)
 
@@ -214,6 +232,7 @@ class Registry:
         if self._fd >= 0:
             self._disk.close(self._fd)
         self._fd, self._header, self._end = fd, header, HEADER_BYTES
+        self._failed = False
         self._entries = 0
         self._sessions.clear()
         self._read_on()
@@ -252,13 +271,15 @@ class Registry:
         if entry.kind == _OPENED:
             session = Session(entry.key, entry.incarnation, entry.time_us, entry.data)
         else:
-            found = self._sessions.pop(entry.key, None)
+            found = self._sessions.get(entry.key)
             if found is None:
                 return
             session = found._replace(incarnation=entry.incarnation)
         ended = entry.time_us if entry.kind == _ENDED else None
         if ended is None:
             self._sessions[entry.key] = session
+        else:
+            del self._sessions[entry.key]
         self._changed[entry.key] = SessionChange(entry.key, session.incarnation, session.opened_us, ended)
 
     def changes(self) -> list[SessionChange]:

@@ -270,9 +270,8 @@ from logstore.storage.files import Disk
 lock = Disk().lock(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:
+    print(os.getpid(), flush=True)
     sys.stdin.read()  # lives until told, after its parent
-    os._exit(0)
-print(child, flush=True)
 os._exit(0)
 """
 
