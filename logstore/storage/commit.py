@@ -193,7 +193,7 @@ class GroupCommit:
                 await self._room.wait()
             elif self._busy:
                 # What the journal's thread does belongs to the file that is given up next: its end must be known.
-                await self._turn()
+                await self._settle()
             else:
                 self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
         if self._closed:

@@ -151,16 +151,15 @@ class OpenStore:
             self._make_index()
 
     def _make_index(self) -> None:
-        """Put an index in place that is made of all segments; the caller holds the checkpoint lock.
+        """Put an index in place that is made of all segments, if any; the caller holds the checkpoint lock.
 
         Beside its place first: one that a crash left half made would pass for whole, and other processes read it.
         """
-        if not segment_numbers(self._disk, self.root):
-            return
         started = time.monotonic()
         fresh = Catalogue(self._path.with_name(f"{self._path.name}.new"))
         for suffix in _SQLITE_FILES:
             self._disk.unlink(_beside(fresh.path, suffix))
+        self._disk.close(self._disk.create(fresh.path))
         try:
             fresh.open()
             events = reindex(self._disk, self.root, fresh, self.store_id)
@@ -173,7 +172,8 @@ class OpenStore:
             self._disk.unlink(_beside(self._path, suffix))
         self._disk.rename(fresh.path, self._path)
         self._disk.sync_folder(self._path.parent)
-        logger.warning("indexed %d events again in %.1f s", events, time.monotonic() - started)
+        if events:
+            logger.warning("indexed %d events again in %.1f s", events, time.monotonic() - started)
 
     def _set_catalogue_aside(self) -> None:
         """Move a damaged index away, never over another one; who has it open sees that the path has another file."""
