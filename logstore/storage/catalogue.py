@@ -11,7 +11,6 @@ pleasant; the two statements that insert a row an event are plain `executemany`.
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 from collections.abc import Generator, Iterable, Sequence
@@ -170,9 +169,9 @@ def is_damage(error: BaseException) -> bool:
     return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def connect(path: Path, *, write: bool) -> sqlite3.Connection:
+def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Connection:
     """Open the database, which must exist, with the settings that every connection of ours has."""
-    mode = "rw" if write else "ro"
+    mode = "rw" if write else "ro&immutable=1" if immutable else "ro"
     # Statements of any thread, one at a time, under the lock of the object that owns the connection.
     connection = sqlite3.connect(
         f"file:{quote(str(path.absolute()))}?mode={mode}",
@@ -200,7 +199,7 @@ def inspect_file(path: Path) -> str:
     if not path.exists() or path.stat().st_size == 0:
         return "absent"
     try:
-        with contextlib.closing(connect(path, write=False)) as connection:
+        with contextlib.closing(connect(path, write=False, immutable=_is_not_ours(path))) as connection:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -220,6 +219,21 @@ def inspect_file(path: Path) -> str:
             f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore"
         )
     return "ours"
+
+
+def _is_not_ours(path: Path) -> bool:
+    """Whether a database at rest is another program's, or a newer release's, by the file's first bytes.
+
+    SQLite leaves `-wal` and `-shm` beside a database that it has only read, unless it is told that nobody writes it.
+
+    Source: the database header at https://www.sqlite.org/fileformat2.html#the_database_header
+    """
+    if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")):
+        return False
+    with path.open("rb") as file:
+        header = file.read(100)
+    version, application = (int.from_bytes(header[offset : offset + 4], "big") for offset in (60, 68))
+    return application != APPLICATION_ID or version > SCHEMA_VERSION
 
 
 class Catalogue:
