@@ -78,6 +78,7 @@ class GroupCommit:
 
     Attributes:
         on_sealed: Called when a journal file is finished.
+        on_bind: Called when another event loop is served from now on.
         failure: Set while the journal cannot be written.
         stuck: Why journals cannot be emptied into segments, None while they can; set by the checkpoint.
         appended: Events that became visible.
@@ -102,6 +103,7 @@ class GroupCommit:
         self._others = others
         self._on_visible = on_visible
         self.on_sealed: Callable[[], None] = lambda: None
+        self.on_bind: Callable[[], None] = lambda: None
         self._sync_each = options.durability == "always"
         self._raises = options.on_write_failure == "raise"
         self._limit = options.unsegmented_bytes
@@ -187,7 +189,8 @@ class GroupCommit:
 
     async def _ready(self) -> None:
         """Take up the running loop, and wait for room in the journal while that helps."""
-        self.bind()
+        if not self._closed:
+            self.bind()
         while not (self._room.is_set() or self._closed or self.failure):
             if self.stuck is None:
                 await self._room.wait()
@@ -220,6 +223,7 @@ class GroupCommit:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
+        self.on_bind()
 
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""

@@ -31,6 +31,11 @@ class Followers:
         self._looking = False
         self._closed = False
 
+    def bind(self) -> None:
+        """Serve the running loop: an earlier one took its look at the other lanes with it."""
+        self._looking = False
+        self._look()
+
     @contextlib.contextmanager
     def subscribed(self, stream: str) -> Generator[asyncio.Event]:
         """Give an event that is set whenever the stream may have grown, from before the first read on."""
@@ -70,7 +75,7 @@ class Followers:
             loop.call_later(_LOOK_S, self._look_again)
             return
         self._moves = moves
-        loop.run_in_executor(self._read_thread, self._foreign.read_on).add_done_callback(self._looked)
+        loop.run_in_executor(self._read_thread, self._foreign.news).add_done_callback(self._looked)
 
     def _looked(self, found: asyncio.Future[tuple[set[str], bool]]) -> None:
         if self._closed or found.cancelled():

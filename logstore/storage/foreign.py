@@ -22,6 +22,8 @@ _COLLECTS: Final = 1_000
 """Tries at two equal looks at all marks; each look is microseconds, a commit hundreds of them."""
 
 
+_MOST_GROWN: Final = 10_000
+"""Most streams to remember as grown; past that all are said to have."""
 _CLOCK_TICK_NS: Final = 1_000_000_000
 """More than the resolution of any file system's times."""
 
@@ -151,6 +153,8 @@ class Foreign:
         self._folder_time = -1
         self._mutex = threading.Lock()
         self._words: tuple[int, ...] = ()
+        self._grown: set[str] = set()
+        self._missed = False
         self.moves_seen = 0
 
     def moves(self) -> int:
@@ -173,14 +177,21 @@ class Foreign:
                         self._lanes[number] = _Lane(self._disk, folder)
             return list(self._lanes.values())
 
-    def read_on(self) -> tuple[set[str], bool]:
+    def news(self) -> tuple[set[str], bool]:
+        """Return the streams that grew since the last call, and whether others may have grown too.
+
+        Whoever read on meanwhile, for another stream, saw them grow too; those who follow must hear of it.
+        """
+        self.read_on()
+        grown, self._grown = self._grown, set()
+        missed, self._missed = self._missed, False
+        return grown, missed
+
+    def read_on(self) -> None:
         """Pin every lane and read all that is visible now.
 
         The marks are looked at together: with those of one lane older than those of another, a stream that moved
         between them would show its later events without the earlier ones.
-
-        Returns:
-            The streams that grew, and whether others may have grown too.
         """
         lanes = self._all()
         grown: set[str] = set()
@@ -192,14 +203,16 @@ class Foreign:
             if again == seen:
                 break
             seen = again
-        missed = False
         for lane, visible in zip(lanes, seen, strict=True):
             if visible.ordinal not in lane.journals:
                 # Begun since the look at the folder; or checkpointed, then there is nothing to open.
                 grown |= lane.pin()
-            missed |= lane.missed(visible)
+            self._missed |= lane.missed(visible)
             grown |= lane.read_on(visible)
-        return grown, missed
+        self._grown |= grown
+        if len(self._grown) > _MOST_GROWN:
+            self._grown.clear()
+            self._missed = True
 
     def frames(self, stream: str, after: int) -> list[bytes]:
         """Return a stream's events above an id, as far as `read_on` has read; in no order, perhaps some twice."""

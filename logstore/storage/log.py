@@ -97,7 +97,9 @@ class Log:
         self._tail = Tail(self.options.cache_bytes, self.options.cached_events_per_stream)
         self._parts: _Parts | None = None
         self._opening: asyncio.Future[OpenStore] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._closed = False
+        self._disowned = False
         self._hits = 0
         self._misses = 0
         self.sessions = Sessions(self._session_parts)
@@ -129,7 +131,8 @@ class Log:
 
     async def _opened_files(self) -> OpenStore:
         """Open the files once, for all who ask; a caller that is cancelled leaves that to the others, or to `close`."""
-        if self._opening is None:
+        # An earlier loop may have ended before it was done.
+        if self._opening is None or self._opening.cancelled():
             opening = asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
             self._opening = asyncio.ensure_future(opening)
         try:
@@ -144,14 +147,24 @@ class Log:
         On return every event that is not volatile is in segments; when that fails, in journals that the next opening
         recovers.
         """
-        if self._closed:
-            return
         self._closed = True
+        if self._disowned:
+            return
+        # One task, that a cancelled caller does not end half-way, and whose end every caller waits for.
+        if self._closing is None or self._closing.cancelled():
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         if self._parts is not None:
             await self._parts.close()
             _open_logs.discard(self)
         elif self._opening is not None:
-            store = await self._opening
+            try:
+                store = await asyncio.shield(self._opening)
+            except Exception:
+                # Whoever opened it has been told.
+                return
             await asyncio.to_thread(store.close, empty=True)
 
     async def __aenter__(self) -> Log:
@@ -257,7 +270,7 @@ class Log:
         with parts.followers.subscribed(stream) as wake:
             while not self._closed:
                 wake.clear()
-                while events := await self.read(stream, after):
+                while not self._closed and (events := await self.read(stream, after)):
                     for event in events:
                         yield event
                     after = events[-1].event_id
@@ -266,7 +279,7 @@ class Log:
 
     def disown(self) -> None:
         """Refuse everything from here on, in a forked child: its parent goes on writing."""
-        self._closed = True
+        self._closed = self._disowned = True
         if self._parts is not None:
             self._parts.commit.disown()
 
@@ -291,19 +304,19 @@ class Log:
             for owner, frame in zip(generation.owners, generation.frames, strict=True):
                 fresh.setdefault(owner.name, []).append(frame)
         for stream, frames in fresh.items():
-            first, last = decode_frame(frames[0]), decode_frame(frames[-1])
             known = totals.get(stream)
-            if known is not None and int(known.last_id) >= first.id:
-                # The checkpoint committed and the tail does not know yet.
+            # Of some the checkpoint has committed what the tail does not know yet.
+            events = [event for event in map(decode_frame, frames) if known is None or event.id > int(known.last_id)]
+            if not events:
                 continue
             totals[stream] = StreamSummary(
                 stream=stream,
-                events=(known.events if known else 0) + len(frames),
-                first_id=known.first_id if known else first.event_id,
-                last_id=last.event_id,
-                first_time_us=known.first_time_us if known else first.time_us,
-                last_time_us=last.time_us,
-                bytes=(known.bytes if known else 0) + sum(map(len, frames)),
+                events=(known.events if known else 0) + len(events),
+                first_id=known.first_id if known else events[0].event_id,
+                last_id=events[-1].event_id,
+                first_time_us=known.first_time_us if known else events[0].time_us,
+                last_time_us=events[-1].time_us,
+                bytes=(known.bytes if known else 0) + sum(map(len, frames[-len(events) :])),
             )
         return list(totals.values())
 
@@ -349,12 +362,16 @@ class _Parts:
         )
         self.checkpointer = Checkpointer(store, tail, self.commit)
         self.commit.on_sealed = self.checkpointer.start
+        self.commit.on_bind = self._bind_others
         self._tail = tail
 
     def bind(self) -> None:
         """Serve the running loop; an earlier one must be closed."""
         self.commit.bind()
+
+    def _bind_others(self) -> None:
         self.checkpointer.bind()
+        self.followers.bind()
 
     async def read(self, question: Callable[..., _T], *arguments: Any) -> _T:
         """Ask something of the disk in the thread that reads."""
