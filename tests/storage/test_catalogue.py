@@ -187,6 +187,7 @@ def test_everything_is_there_after_reopening(catalogue: Catalogue, path: Path) -
 
 def test_rows_in_any_number_are_added_once(catalogue: Catalogue) -> None:
     names = [f"stream-{number}" for number in range(1_003)]
+    streams: dict[str, int] = {}
     for _ in range(2):
         with catalogue.transaction():
             streams = catalogue.add_streams(names)

@@ -102,7 +102,7 @@ def test_every_whole_frame_around_damage_is_found(seed: int) -> None:
     whole = []
     offset = 0
     for frame in frames:
-        if data[offset : offset + len(frame)] == frame:
+        if bytes(data[offset : offset + len(frame)]) == frame:
             whole.append((offset, frame))
         offset += len(frame)
     assert list(salvage_frames(bytes(data), SEED)) == whole
