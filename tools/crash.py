@@ -95,32 +95,39 @@ class DyingDisk(Disk):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def create(self, path: Path) -> int:
+        """Count, then do it."""
         self._change()
         return super().create(path)
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
+        """Count, then do it."""
         if self._dies():
             super().write(fd, data[: len(data) // 2], offset)
             self._die()
         super().write(fd, data, offset)
 
     def extend(self, fd: int, length: int) -> None:
+        """Count, then do it."""
         self._change()
         super().extend(fd, length)
 
     def sync(self, fd: int) -> None:
+        """Count, then do it."""
         self._change()
         super().sync(fd)
 
     def sync_folder(self, folder: Path) -> None:
+        """Count, then do it."""
         self._change()
         super().sync_folder(folder)
 
     def rename(self, source: Path, target: Path) -> None:
+        """Count, then do it."""
         self._change()
         super().rename(source, target)
 
     def unlink(self, path: Path) -> None:
+        """Count, then do it."""
         self._change()
         super().unlink(path)
 
@@ -139,13 +146,13 @@ class Mark(NamedTuple):
 
     stream: str
     call: Call
-    index: int
-    count: int
+    place: int
+    of: int
 
 
 def payload_of(mark: Mark) -> bytes:
     """Return the payload of an event: its mark, and bytes that follow from it."""
-    text = "|".join(map(str, (mark.stream, *mark.call, mark.index, mark.count))) + "|"
+    text = "|".join(map(str, (mark.stream, *mark.call, mark.place, mark.of))) + "|"
     rng = random.Random(text)
     size = rng.randrange(20_000) if rng.random() < 0.02 else rng.randrange(800)
     return text.encode() + rng.randbytes(size)
@@ -239,7 +246,7 @@ async def _write(log: Log, orders: Orders, writer: int, streams: Sequence[str], 
 # The campaign.
 
 
-class Failure(Exception):
+class BrokenPromiseError(Exception):
     """A promise was broken."""
 
 
@@ -273,7 +280,7 @@ class Store:
                 mark, number = Mark(stream, call, index, len(events)), int(event_id)
                 earlier = self._ids.setdefault(number, mark)
                 if earlier != mark:
-                    raise Failure(f"id {number} was given to {mark} and to {earlier}")
+                    raise BrokenPromiseError(f"id {number} was given to {mark} and to {earlier}")
                 self.acknowledged[mark] = number
                 learnt += 1
         return learnt
@@ -282,21 +289,23 @@ class Store:
         """Read everything back; return how many events there were that nobody had acknowledged.
 
         Raises:
-            Failure: With what is wrong.
+            BrokenPromiseError: With what is wrong.
         """
         found: dict[Mark, int] = {}
         async with asyncio.timeout(_DEADLINE_S), Log(self.path, options) as log:
             if log.health().status != "ok":
-                raise Failure(f"after reopening: {log.health()}")
+                raise BrokenPromiseError(f"after reopening: {log.health()}")
             for stream in streams_of(0) + streams_of(1):
                 found.update(self._check_stream(stream, [event async for event in _all_events(log, stream)]))
             summaries = {summary.stream: summary.events for summary in log.stream_summaries()}
             if summaries != (counted := Counter(mark.stream for mark in found)):
-                raise Failure(f"the summaries say {summaries}, there are {counted}")
+                raise BrokenPromiseError(f"the summaries say {summaries}, there are {counted}")
             sample = list(itertools.islice(found.items(), 0, None, max(1, len(found) // 20)))
             for mark, event_id in sample:
                 if await log.stream_of(str(event_id)) != mark.stream:
-                    raise Failure(f"event {event_id} is said to be in {await log.stream_of(str(event_id))}: {mark}")
+                    raise BrokenPromiseError(
+                        f"event {event_id} is said to be in {await log.stream_of(str(event_id))}: {mark}"
+                    )
         self._check_acknowledged(found)
         return self._check_others(found)
 
@@ -306,14 +315,16 @@ class Store:
         for event_id, payload in events:
             mark = mark_of(payload)
             if mark is None or mark.stream != stream:
-                raise Failure(f"event {event_id} of {stream} holds what was never stored there: {payload[:80]!r}")
+                raise BrokenPromiseError(
+                    f"event {event_id} of {stream} holds what was never stored there: {payload[:80]!r}"
+                )
             if mark in seen:
-                raise Failure(f"{mark} is there twice")
+                raise BrokenPromiseError(f"{mark} is there twice")
             if event_id <= last_id or mark.call[:2] < last_turn:
-                raise Failure(f"{mark}, event {event_id}, comes after {last_turn}, event {last_id}")
+                raise BrokenPromiseError(f"{mark}, event {event_id}, comes after {last_turn}, event {last_id}")
             earlier = self._ids.setdefault(event_id, mark)
             if earlier != mark:
-                raise Failure(f"id {event_id} is {mark} now and was {earlier}")
+                raise BrokenPromiseError(f"id {event_id} is {mark} now and was {earlier}")
             seen.add(mark)
             last_id, last_turn = event_id, mark.call[:2]
             yield mark, event_id
@@ -321,30 +332,34 @@ class Store:
     def _check_acknowledged(self, found: dict[Mark, int]) -> None:
         lost = [mark for mark, event_id in self.acknowledged.items() if found.get(mark) != event_id]
         if lost:
-            raise Failure(f"{len(lost)} acknowledged events are gone, the first of them {lost[0]}, the last {lost[-1]}")
+            raise BrokenPromiseError(
+                f"{len(lost)} acknowledged events are gone, the first of them {lost[0]}, the last {lost[-1]}"
+            )
         gone = [mark for event_id, mark in self.shown.items() if found.get(mark) != event_id]
         if gone:
-            raise Failure(f"{len(gone)} events were shown and are gone, the first of them {gone[0]}")
+            raise BrokenPromiseError(f"{len(gone)} events were shown and are gone, the first of them {gone[0]}")
         self.shown = {event_id: mark for mark, event_id in found.items()}
         by_writer: dict[tuple[int, int, int], list[tuple[Call, int, int]]] = {}
         for mark, event_id in found.items():
-            by_writer.setdefault(mark.call[:3], []).append((mark.call, mark.index, event_id))
+            by_writer.setdefault(mark.call[:3], []).append((mark.call, mark.place, event_id))
         for writer, events in by_writer.items():
             in_order = [event_id for _, _, event_id in sorted(events)]
             if in_order != sorted(in_order):
-                raise Failure(f"the events of writer {writer} are out of order")
+                raise BrokenPromiseError(f"the events of writer {writer} are out of order")
 
     def _check_others(self, found: dict[Mark, int]) -> int:
         """Check the events that were written when their writer died: one call each writer, and that call whole."""
         others = [mark for mark in found if mark not in self.acknowledged]
         calls = Counter(mark.call for mark in others)
-        counts = {mark.call: mark.count for mark in others}
+        counts = {mark.call: mark.of for mark in others}
         for call, events in calls.items():
             last = self._last_calls.get(call[:3])
             if call.number != (last.number + 1 if last else 0):
-                raise Failure(f"{call} was stored, though the writer's last acknowledged call was {last}")
+                raise BrokenPromiseError(f"{call} was stored, though the writer's last acknowledged call was {last}")
             if events != counts[call]:
-                raise Failure(f"{events} of the {counts[call]} events of {call} were stored, all or none were promised")
+                raise BrokenPromiseError(
+                    f"{events} of the {counts[call]} events of {call} were stored, all or none were promised"
+                )
         return len(others)
 
 
@@ -380,7 +395,7 @@ class Writer:
         """Return whether the process said a word, when it did or died.
 
         Raises:
-            Failure: It did neither in time.
+            BrokenPromiseError: It did neither in time.
         """
         deadline = time.monotonic() + _DEADLINE_S
         while word not in read_lines(self.oracle):
@@ -388,7 +403,7 @@ class Writer:
                 return word in read_lines(self.oracle)
             if time.monotonic() > deadline:
                 self.kill()
-                raise Failure(f"no {word!r} from {self.oracle.name} within {_DEADLINE_S:.0f} s")
+                raise BrokenPromiseError(f"no {word!r} from {self.oracle.name} within {_DEADLINE_S:.0f} s")
             time.sleep(_POLL_S)
         return True
 
@@ -416,11 +431,11 @@ class Writer:
         """Look how it ended.
 
         Raises:
-            Failure: Not by a kill, or it saw damage.
+            BrokenPromiseError: Not by a kill, or it saw damage.
         """
         errors = self._errors.read_text()
         if self._process.returncode != -signal.SIGKILL or "ERROR" in errors or "Traceback" in errors:
-            raise Failure(f"{self.oracle.name} ended with {self._process.returncode}:\n{errors}")
+            raise BrokenPromiseError(f"{self.oracle.name} ended with {self._process.returncode}:\n{errors}")
 
 
 class KillCampaign:
@@ -441,7 +456,7 @@ class KillCampaign:
         """Do one run: one process, or two of which the second inherits.
 
         Raises:
-            Failure: A promise was broken.
+            BrokenPromiseError: A promise was broken.
         """
         rng = random.Random(f"{self._seed} {number}")
         if self._store is None or number % _RUNS_A_STORE == 0:
@@ -472,7 +487,7 @@ class KillCampaign:
         """Read the store back once more without its index.
 
         Raises:
-            Failure: A promise was broken.
+            BrokenPromiseError: A promise was broken.
         """
         store, self._store = self._store, None
         if store is None or not store.path.exists():
@@ -523,11 +538,11 @@ class KillCampaign:
         try:
             others = asyncio.run(store.verify(options))
         except (LogstoreError, OSError) as error:
-            raise Failure(f"the store cannot be read: {error!r}") from error
+            raise BrokenPromiseError(f"the store cannot be read: {error!r}") from error
         finally:
             logging.getLogger("logstore").removeHandler(errors)
         if errors.lines:
-            raise Failure("the store was opened with errors:\n" + "\n".join(errors.lines))
+            raise BrokenPromiseError("the store was opened with errors:\n" + "\n".join(errors.lines))
         self.figures["times read back"] += 1
         self.figures["events read back"] += len(store.shown)
         self.figures["most events of unfinished calls in a store"] = max(
@@ -543,6 +558,7 @@ class _Errors(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
         self.lines.append(record.getMessage())
 
 
@@ -557,7 +573,7 @@ def kill(runs: int, seed: int, folder: Path) -> int:
             campaign.run(number)
             done += 1
         campaign.finish()
-    except Failure as error:
+    except BrokenPromiseError as error:
         failure = str(error)
     _progress("\n")
     _say(f"kill campaign, seed {seed}: {done} of {runs} runs in {time.monotonic() - started:.0f} s")

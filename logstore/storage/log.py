@@ -270,11 +270,12 @@ class Log:
         with parts.followers.subscribed(stream) as wake:
             while not self._closed:
                 wake.clear()
-                while not self._closed and (events := await self.read(stream, after)):
-                    for event in events:
-                        yield event
+                events = await self.read(stream, after)
+                for event in events:
+                    yield event
+                if events:
                     after = events[-1].event_id
-                if not self._closed:
+                else:
                     await wake.wait()
 
     def disown(self) -> None:
