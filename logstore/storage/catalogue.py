@@ -452,16 +452,16 @@ class Catalogue:
         rows = self._query("SELECT name FROM events JOIN streams USING (stream_id) WHERE event_id = ?", (event_id,))
         return str(rows[0][0]) if rows else None
 
-    def extents(self, stream: str, after: int, limit: int) -> list[Extent]:
-        """Return the first runs of a stream that reach beyond the id `after`, in order."""
+    def extents(self, stream: str, after: int, limit: int, skip: int = 0) -> list[Extent]:
+        """Return runs of a stream that reach beyond the id `after`, in the order of their first ids."""
         return [
             Extent(*row)
             for row in self._query(
                 """
                 SELECT extents.* FROM extents JOIN streams USING (stream_id)
-                WHERE streams.name = ? AND last_id > ? ORDER BY first_id LIMIT ?
+                WHERE streams.name = ? AND last_id > ? ORDER BY first_id LIMIT ? OFFSET ?
                 """,
-                (stream, after, limit),
+                (stream, after, limit, skip),
             )
         ]
 

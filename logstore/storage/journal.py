@@ -270,9 +270,42 @@ def scan_journal(data: bytes, path: Path, known_durable: int = 0, limit: int | N
         (`server/storage/wal/repair.go`).
     """
     header = decode_header(data, path, KIND_JOURNAL)
-    if limit is not None:
-        data = data[:limit]
-    reader = JournalReader(header, data)
+    data = data[:limit]
+    return _scan(data, JournalReader(header, data), known_durable)
+
+
+def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | None, reason: str) -> JournalScan:
+    """Read a journal whose own header is bad.
+
+    Header and first batch go to the disk with the same sync. So without a sign that anything was on disk the file was
+    only being made, whatever of it is there.
+
+    Args:
+        data: The whole file.
+        store_id: Of the store that the file is in.
+        known_durable: As in `scan_journal`.
+        limit: As in `scan_journal`.
+        reason: What is wrong with the header.
+    """
+    data = data[:limit]
+    salt = int.from_bytes(data[PAGE_BYTES : PAGE_BYTES + 8], "little")
+    header = FileHeader(kind=KIND_JOURNAL, store_id=store_id, salt=salt)
+    whole = _batch_header_at(data, PAGE_BYTES, salt) is not None
+    found = _later_headers(data, PAGE_BYTES, salt) if whole else ()
+    if max(known_durable, max((each.header.durable for each in found), default=0)) <= PAGE_BYTES:
+        return JournalScan(header, [], 0, len(data.rstrip(b"\0")), [])
+    if not whole:
+        frames = [frame for _, frame in salvage_frames(data, header.seed)]
+        return JournalScan(header, frames, 0, 0, [JournalDamage(0, len(data), None, reason)])
+    reader = JournalReader(header, bytes(HEADER_BYTES))
+    reader.continue_at(PAGE_BYTES, 0)
+    scan = _scan(data, reader, known_durable)
+    scan.damage.insert(0, JournalDamage(0, PAGE_BYTES, 0, reason))
+    return scan
+
+
+def _scan(data: bytes, reader: JournalReader, known_durable: int) -> JournalScan:
+    header = reader.header
     scan = JournalScan(header, [], PAGE_BYTES, 0, [])
     later: deque[_Found] | None = None
     while True:

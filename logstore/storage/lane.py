@@ -30,7 +30,8 @@ from logstore.storage.header import KIND_JOURNAL, FileHeader, new_salt
 from logstore.storage.journal import PAGE_BYTES, JournalWriter
 
 _SUFFIX: Final = ".journal"
-_STATE: Final = struct.Struct("<QQI")
+_STATE_FIELDS: Final = struct.Struct("<QQQ")
+_CRC: Final = struct.Struct("<I")
 _STATE_SLOTS: Final = (0, PAGE_BYTES)
 
 RESERVE_AHEAD_MS: Final = 2_000
@@ -160,26 +161,35 @@ class Reservation(NamedTuple):
     ordinal: int
 
 
-def read_reservation(disk: Disk, folder: Path) -> Reservation:
-    """Return the newest whole reservation of a lane, zeros when there is none.
+class _State(NamedTuple):
+    """A reservation as it is in a slot; the highest sequence number is the newest."""
 
-    Two slots are written in turn, so a torn write leaves the one before.
-    """
+    sequence: int
+    reservation: Reservation
+
+
+def read_reservation(disk: Disk, folder: Path) -> Reservation:
+    """Return the newest whole reservation of a lane, zeros when there is none."""
+    return _read_state(disk, folder).reservation
+
+
+def _read_state(disk: Disk, folder: Path) -> _State:
+    """Return the newest whole state. Two slots are written in turn, so a torn write leaves the one before."""
+    newest = _State(0, Reservation(0, 0))
     try:
         fd = disk.open(folder / "state")
     except FileNotFoundError:
-        return Reservation(0, 0)
+        return newest
     try:
-        slots = [disk.read(fd, _STATE.size, offset) for offset in _STATE_SLOTS]
+        slots = [disk.read(fd, _STATE_FIELDS.size + _CRC.size, offset) for offset in _STATE_SLOTS]
     finally:
         disk.close(fd)
-    found = Reservation(0, 0)
     for data in slots:
-        if len(data) == _STATE.size:
-            event_id, ordinal, checksum = _STATE.unpack(data)
-            if checksum == google_crc32c.value(data[:-4]):
-                found = max(found, Reservation(event_id, ordinal))
-    return found
+        fields, checksum = data[: _STATE_FIELDS.size], data[_STATE_FIELDS.size :]
+        if checksum == _CRC.pack(google_crc32c.value(fields)):
+            sequence, event_id, ordinal = _STATE_FIELDS.unpack(fields)
+            newest = max(newest, _State(sequence, Reservation(event_id, ordinal)))
+    return newest
 
 
 class Lane:
@@ -206,10 +216,10 @@ class Lane:
         self.ids = ids.IdGenerator(number)
         self.incarnation = 0
         self.journal: JournalWriter | None = None
-        self._reserved = read_reservation(disk, folder)
+        self._sequence, self._reserved = _read_state(disk, folder)
+        self._state_in_folder = False
         existing = journal_ordinals(disk, folder)
         self._ordinal = max(self._reserved.ordinal, existing[-1] + 1 if existing else 1)
-        self._slot = 0
         self._last_place = NOWHERE
 
     @classmethod
@@ -249,18 +259,20 @@ class Lane:
         self._write_state(Reservation(ids.later(event_id, RESERVE_AHEAD_MS), self._ordinal + _RESERVE_ORDINALS))
 
     def _write_state(self, reservation: Reservation) -> None:
-        packed = struct.pack("<QQ", *reservation)
+        sequence = self._sequence + 1
+        fields = _STATE_FIELDS.pack(sequence, *reservation)
         fd = self._disk.open(self.folder / "state", create=True)
         try:
-            fresh = self._disk.size(fd) == 0
-            self._disk.write(fd, packed + google_crc32c.value(packed).to_bytes(4, "little"), _STATE_SLOTS[self._slot])
+            # Never over the newest, which a torn write would take along.
+            slot = _STATE_SLOTS[sequence % len(_STATE_SLOTS)]
+            self._disk.write(fd, fields + _CRC.pack(google_crc32c.value(fields)), slot)
             self._disk.sync(fd)
         finally:
             self._disk.close(fd)
-        if fresh:
+        if not self._state_in_folder:
             self._disk.sync_folder(self.folder)
-        self._slot ^= 1
-        self._reserved = reservation
+            self._state_in_folder = True
+        self._sequence, self._reserved = sequence, reservation
 
     def write(self, frames: Sequence[bytes], last_id: int) -> None:
         """Write one batch to the journal, which is begun when there is none.
@@ -320,18 +332,18 @@ class Lane:
         having written them.
         """
         if self.journal is not None:
-            self._last_place = Place(self.journal.header.number, max(self.journal.durable, PAGE_BYTES))
-            self.journal.close()
-            self.journal = None
+            journal, self.journal = self.journal, None
+            self._last_place = Place(journal.header.number, max(journal.durable, PAGE_BYTES))
+            journal.close()
 
     def discard(self) -> None:
         """Remove a file that failed before anything of it was acknowledged."""
         if self.journal is not None:
-            self.journal.close()
-            path, self.journal = self.journal.path, None
+            journal, self.journal = self.journal, None
             # The disk fails already; the file holds nothing that another one does not.
             with contextlib.suppress(OSError):
-                self._disk.unlink(path)
+                journal.close()
+                self._disk.unlink(journal.path)
 
     def show(self) -> None:
         """Let other processes read what was written so far."""

@@ -248,15 +248,19 @@ class Log:
             raise UnknownEventError(f"{after!r} is not an event id")
         owner = self._tail.streams.get(stream)
         own: list[bytes] = []
+        lost = 0
         if owner is not None:
-            if owner.lost > start:
-                raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
-            own = owner.after(start, limit)
+            own, lost = owner.after(start, limit), owner.lost
             if start and owner.covers(start) and parts.foreign.moves() == owner.others:
                 self._hits += 1
                 return contiguous(stream, start, [decode_frame(frame) for frame in own])
         self._misses += 1
-        return contiguous(stream, start, await parts.read(parts.reader.read, stream, start, limit, own))
+        events = await parts.read(parts.reader.read, stream, start, limit, own)
+        if lost > start:
+            events = [event for event in events if event.id <= lost]
+            if not events:
+                raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
+        return contiguous(stream, start, events)
 
     async def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
         """Yield a stream's events after an id, then those to come, each once and in order, until the log is closed.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -74,7 +75,7 @@ class Reader:
         events = {event.id: event for event in map(decode_frame, own)}
         events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after)))
         found, hole = self._in_segments(stream, after, limit)
-        events.update((event.id, event) for event in found)
+        events.update(found)
         merged = [events[event_id] for event_id in sorted(events)]
         if hole is not None:
             # An event that a segment has lost may still be in memory; the chain of predecessors tells.
@@ -85,53 +86,56 @@ class Reader:
                     raise GapError(stream, str(after), hole.reason)
         return merged[:limit]
 
-    def _in_segments(self, stream: str, after: int, limit: int) -> tuple[list[Event], _Hole | None]:
+    def _in_segments(self, stream: str, after: int, limit: int) -> tuple[dict[int, Event], _Hole | None]:
         """Return the first events above an id that the catalogue knows, up to the first that cannot be read."""
-        events: list[Event] = []
-        last = after
-        while len(events) < limit:
-            extents = self._asked(self._catalogue.extents, stream, last, _EXTENTS)
-            for extent in extents:
-                whole = self._extent(extent, last, limit - len(events), events)
-                last = max(last, events[-1].id if events else 0)
-                if not whole:
-                    path = segment_path(self._root, extent.segment_id)
-                    logger.error(
-                        "%s: events of stream %r after %d cannot be read; run `logstore verify`", path, stream, last
-                    )
-                    return events, _Hole(last, f"{path} is damaged")
-                if len(events) >= limit:
-                    break
-                last = max(last, extent.last_id)
-            if len(extents) < _EXTENTS:
+        events: dict[int, Event] = {}
+        for extent in self._extents(stream, after):
+            # Runs may overlap after a reindex: this one's events may belong before some that were found.
+            if len(events) >= limit and extent.first_id > sorted(events)[limit - 1]:
                 break
+            found, whole = self._extent(extent, stream, after, limit)
+            events.update((event.id, event) for event in found)
+            if not whole:
+                before = max((each for each in events if each < extent.first_id), default=after)
+                last = found[-1].id if found else before
+                path = segment_path(self._root, extent.segment_id)
+                logger.error("%s: events of stream %r after %d cannot be read", path, stream, last)
+                return events, _Hole(last, f"{path} is damaged")
         return events, None
 
-    def _extent(self, extent: Extent, after: int, limit: int, events: list[Event]) -> bool:
-        """Add an extent's events above an id to `events`; False when one that should be there is not."""
+    def _extents(self, stream: str, after: int) -> Iterator[Extent]:
+        for skip in count(0, _EXTENTS):
+            extents = self._asked(self._catalogue.extents, stream, after, _EXTENTS, skip)
+            yield from extents
+            if len(extents) < _EXTENTS:
+                return
+
+    def _extent(self, extent: Extent, stream: str, after: int, limit: int) -> tuple[list[Event], bool]:
+        """Return an extent's first events above an id, and whether none is missing up to the last of them."""
+        events: list[Event] = []
         offset, end = extent.offset, extent.offset + extent.length
-        if after >= extent.first_id:
-            row = self._asked(self._catalogue.event, after)
-            if row is not None and row.segment_id == extent.segment_id:
-                offset = row.offset + row.length
+        row = self._asked(self._catalogue.event, after) if after >= extent.first_id else None
+        if row is not None and row.stream_id == extent.stream_id and row.segment_id == extent.segment_id:
+            offset = max(offset, row.offset + row.length)
         try:
             fd = self._disk.open(segment_path(self._root, extent.segment_id))
         except FileNotFoundError:
-            return False
+            return events, False
         try:
-            while offset < end and limit > 0:
+            while offset < end and len(events) < limit:
                 frames = self._frames(fd, offset, end)
                 if not frames:
-                    return False
+                    return events, False
                 for frame in frames:
                     offset += len(frame)
                     event = decode_frame(frame)
-                    if event.id > after and limit > 0:
+                    if event.stream != stream:
+                        return events, False
+                    if event.id > after:
                         events.append(event)
-                        limit -= 1
         finally:
             self._disk.close(fd)
-        return True
+        return events, True
 
     def _frames(self, fd: int, offset: int, end: int) -> list[bytes]:
         """Return some whole frames from an offset on; none when the first is damaged."""

@@ -16,8 +16,8 @@ from logstore.errors import DamageError
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
 from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk
-from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, FileHeader, decode_header, frame_seed
-from logstore.storage.journal import JournalDamage, JournalScan, scan_journal
+from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header, frame_seed
+from logstore.storage.journal import JournalScan, scan_headless, scan_journal
 from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path
 from logstore.storage.record import Event, decode_frame, salvage_frames
 from logstore.storage.segment import segment_numbers, segment_path
@@ -98,7 +98,7 @@ def _recover_journal(
         if scan.header.store_id != store_id:
             raise DamageError(path, 0, len(data), "the file belongs to another store")
     except DamageError as error:
-        scan = _without_header(data, store_id, witness, str(error))
+        scan = scan_headless(data, store_id, witness, end, str(error))
     name = f"lane-{journal.lane:04d}-{path.name}"
     if scan.damage:
         kept = _keep_aside(disk, root, name, data)
@@ -125,14 +125,6 @@ def _recover_journal(
         kept = _keep_aside(disk, root, f"{name}.torn", data[scan.end :])
         logger.warning("%s ends in a torn write of %d bytes, kept in %s", path, scan.torn_bytes, kept)
     return scan
-
-
-def _without_header(data: bytes, store_id: int, witness: int, reason: str) -> JournalScan:
-    """Return what can be had of a journal whose header is bad: damage, unless the file was only being made."""
-    header = FileHeader(kind=KIND_JOURNAL, store_id=store_id, salt=0)
-    frames = [frame for _, frame in salvage_frames(data, header.seed)]
-    damage = [JournalDamage(0, len(data), None, reason)] if witness or frames else []
-    return JournalScan(header, frames, 0, len(data.rstrip(b"\0")), damage)
 
 
 def read_from_device(disk: Disk, path: Path) -> bytes:

@@ -7,7 +7,7 @@ cache is in step with the log by construction. All methods run on the event loop
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Final, NamedTuple
 
 _EVENT_OVERHEAD: Final = 150
@@ -100,8 +100,9 @@ class Tail:
         self._keep = max(1, cached_events)
         self.streams: dict[str, StreamTail] = {}
         self.generations: deque[Generation] = deque()
-        # In the order of their last checkpoint.
-        self._cached: dict[StreamTail, None] = {}
+        self._untidy: deque[tuple[StreamTail, int]] = deque()
+        # In the order of their last checkpoint; a plain dict takes ever longer to find its first entry.
+        self._cached: OrderedDict[StreamTail, None] = OrderedDict()
         self.bytes = 0
         self.unsegmented_bytes = 0
 
@@ -179,18 +180,26 @@ class Tail:
         self.unsegmented_bytes -= size
 
     def segmented(self, generations: list[Generation]) -> None:
-        """Note that generations are in segments now, and keep within the budget."""
+        """Note that generations are in segments now; `tidy` gives back what they need not keep."""
         for generation in generations:
             self.generations.remove(generation)
             self.unsegmented_bytes -= generation.bytes
             last = generation.ids[-1] if generation.ids else 0
-            for owner in dict.fromkeys(generation.owners):
-                self._trim(owner, last)
+            self._untidy.extend((owner, last) for owner in dict.fromkeys(generation.owners))
+
+    def tidy(self, streams: int) -> bool:
+        """Trim some streams to their newest events, and the cache to its budget; return whether more is to be done.
+
+        Thousands of small streams at once would keep the loop from its tasks for tens of milliseconds.
+        """
+        for _ in range(min(streams, len(self._untidy))):
+            self._trim(*self._untidy.popleft())
+        evicted = 0
         # What is not in segments yet has its share of the budget whether it uses it or not: the cache must not fill it.
-        while self.bytes - self.unsegmented_bytes > self._cache_budget and self._cached:
-            owner = next(iter(self._cached))
-            del self._cached[owner]
-            self._evict(owner)
+        while self.bytes - self.unsegmented_bytes > self._cache_budget and self._cached and evicted < streams:
+            self._evict(self._cached.popitem(last=False)[0])
+            evicted += 1
+        return bool(self._untidy) or evicted == streams
 
     def _trim(self, owner: StreamTail, last: int) -> None:
         """Keep the newest of a stream's events up to `last`, and queue it for eviction."""
@@ -198,8 +207,8 @@ class Tail:
         surplus = min(owner.in_segments, len(owner.ids) - self._keep)
         if surplus > 0:
             self._drop(owner, surplus)
-        self._cached.pop(owner, None)
         self._cached[owner] = None
+        self._cached.move_to_end(owner)
 
     def _drop(self, owner: StreamTail, count: int) -> None:
         self.bytes -= memory_of(owner.frames[:count])

@@ -172,9 +172,6 @@ def tear_state(folder: Path, offset: int) -> None:
     (folder / "state").write_bytes(data)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lane.py: each opening writes slot 0 first, also when it holds the newest reservation"
-)
 @pytest.mark.parametrize("openings", range(1, 5))
 def test_a_torn_reservation_leaves_the_one_before(acquired: Acquirer, openings: int) -> None:
     for _ in range(openings - 1):
@@ -211,7 +208,6 @@ def test_within_one_opening_a_torn_reservation_leaves_the_one_before(acquired: A
     assert after.event_id > lane.ids.last
 
 
-@pytest.mark.xfail(strict=True, reason="lane.py: the folder is synced only when the file was empty before this write")
 def test_the_first_reservation_is_in_its_folder_also_when_its_sync_failed_once(acquired: Acquirer) -> None:
     disk = FaultyDisk()
     lane = acquired(disk)
@@ -233,7 +229,6 @@ def test_a_reservation_with_every_slot_torn_is_none(tmp_path: Path, acquired: Ac
     assert read_reservation(Disk(), tmp_path) == Reservation(0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="lane.py: the larger reservation is still in the other slot and wins")
 def test_a_settled_lane_begins_at_the_clock_and_the_next_ordinal(acquired: Acquirer) -> None:
     lane = acquired()
     begin(lane)

@@ -124,7 +124,6 @@ def test_a_stream_is_read_across_segments_from_any_of_its_events(shelf: Shelf) -
     assert shelf.read("nobody") == []
 
 
-@pytest.mark.xfail(strict=True, reason="reader.py: `_extent` takes the place of any event, also of another stream's")
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_an_id_of_another_stream_shows_nothing_of_it_and_hides_nothing(shelf: Shelf, order: str) -> None:
     streams = {"a": [10, 30, 50], "b": [20, 40, 60]}
@@ -141,7 +140,6 @@ def test_an_event_that_two_segments_hold_is_read_once(shelf: Shelf) -> None:
     assert [each for _, each in shelf.read("a", 3)] == [4, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="reader.py: `_in_segments` skips what an overlapping run has below its own end")
 def test_runs_that_overlap_are_merged(shelf: Shelf) -> None:
     shelf.store(a=[1, 4, 7])
     shelf.store(a=[2, 5, 8])

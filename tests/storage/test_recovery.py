@@ -175,7 +175,6 @@ def test_what_a_file_holds_beyond_the_end_that_the_next_one_names_is_not_served(
     assert dead.damage() == []
 
 
-@pytest.mark.xfail(strict=True, reason="recovery.py: `_without_header` looks beyond the end that the next file names")
 def test_that_holds_also_when_the_header_is_damaged(dead: DeadLane) -> None:
     written = dead.write(2)
     dead.lane.sync()
@@ -199,7 +198,6 @@ def test_a_file_whose_header_is_damaged_is_told_and_its_events_are_served(dead: 
     assert len(dead.damage()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="recovery.py: `_without_header` takes any whole frame for a sign of damage")
 def test_a_first_commit_that_lost_its_header_is_torn_and_no_damage(dead: DeadLane) -> None:
     # Header and first batch go to the disk with the same sync: a crash before it may keep either.
     dead.write(3)
@@ -208,9 +206,6 @@ def test_a_first_commit_that_lost_its_header_is_torn_and_no_damage(dead: DeadLan
     assert dead.damage() == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="recovery.py: the next file's header witnesses a header page that was never synced"
-)
 def test_a_file_that_was_given_up_before_its_first_sync_may_have_lost_its_header(dead: DeadLane) -> None:
     dead.write(3)
     path = dead.journal()

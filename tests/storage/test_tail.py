@@ -39,6 +39,8 @@ class Log:
     def checkpoint(self) -> None:
         self.seal()
         self.tail.segmented([each for each in self.tail.generations if each.sealed])
+        while self.tail.tidy(100):
+            pass
 
 
 def ids_of(tail: Tail, name: str) -> list[int]:
@@ -108,6 +110,7 @@ def test_what_is_in_no_segment_stays_however_little_is_to_be_kept() -> None:
     sealed = log.seal()
     log.append(*["a"] * 5, "b")
     log.tail.segmented([sealed])
+    assert not log.tail.tidy(100)
     assert ids_of(log.tail, "a") == [6, 7, 8, 9, 10]
     assert log.tail.streams["a"].in_segments == 0
     assert log.tail.unsegmented_bytes == 6 * SIZE
