@@ -9,7 +9,7 @@ from mcp.shared.message import ClientMessageMetadata
 from mcp_types import CallToolRequest, CallToolRequestParams, CallToolResult, TextContent
 
 from logstore.cli.demo.account import Entry
-from logstore.cli.demo.growing import Growing
+from logstore.cli.demo.growing import Growing, StandstillError
 
 TOOL = "count"
 
@@ -27,7 +27,11 @@ class Caller:
         self.texts: Growing[str] = Growing("messages reached the client")
 
     async def call(self, session: ClientSession, steps: int) -> None:
-        """Call the tool and wait for its result; the SDK resumes by itself when the connection breaks."""
+        """Call the tool and wait for its result; the SDK resumes by itself when the connection breaks.
+
+        Raises:
+            StandstillError: The SDK gave up, or the server answered with an error.
+        """
         request = CallToolRequest(params=CallToolRequestParams(name=TOOL, arguments={"steps": steps}))
         try:
             # Not `call_tool`: that one does not tell the event ids.
@@ -38,11 +42,13 @@ class Caller:
                 progress_callback=self._on_progress,
             )
         except MCPError as error:
-            self.texts.end(f"the call failed: {error}")
-            self.event_ids.end(f"the call failed: {error}")
-            return
+            reason = f"the call failed: {error}"
+            self.texts.end(reason)
+            self.event_ids.end(reason)
+            raise StandstillError(reason) from error
         content = result.content[0]
         self.texts.add(content.text if isinstance(content, TextContent) else repr(content))
+        self.texts.end("the call ended")
 
     def entries(self) -> list[Entry]:
         """Return the events that the client received."""

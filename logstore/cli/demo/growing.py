@@ -49,11 +49,21 @@ class Growing(Generic[_T]):
         while len(self.items) < count:
             if self._end is not None:
                 raise StandstillError(f"{len(self.items)} of {count} {self._what}, then {self._end}")
-            self._change.clear()
-            try:
-                async with asyncio.timeout(_PATIENCE_S):
-                    await self._change.wait()
-            except TimeoutError:
-                raise StandstillError(
-                    f"{len(self.items)} of {count} {self._what}, then none for {_PATIENCE_S:.0f} s"
-                ) from None
+            await self._changes(f"{len(self.items)} of {count} {self._what}")
+
+    async def ends(self) -> None:
+        """Wait until no more will come.
+
+        Raises:
+            StandstillError: None came for 20 s.
+        """
+        while self._end is None:
+            await self._changes(f"{len(self.items)} {self._what}")
+
+    async def _changes(self, so_far: str) -> None:
+        self._change.clear()
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._change.wait()
+        except TimeoutError:
+            raise StandstillError(f"{so_far}, then none for {_PATIENCE_S:.0f} s") from None

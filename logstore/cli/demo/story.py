@@ -21,6 +21,7 @@ from mcp.server.streamable_http import EventMessage
 from logstore.cli.demo import look, page
 from logstore.cli.demo.account import Entry, problems_in, text_of
 from logstore.cli.demo.caller import Caller
+from logstore.cli.demo.growing import StandstillError
 from logstore.cli.demo.process import ServerProcess
 from logstore.cli.demo.relay import Relay
 from logstore.mcp import PersistentEventStore
@@ -70,9 +71,10 @@ async def tell(plan: Plan) -> list[str]:
     caller = Caller()
     page.heading("1. A server and a client")
     async with ServerProcess.started(plan.catalogue, plan.folder / "server.log") as server:
-        async with _connected(plan, server) as (relay, client), _calling(client, caller, plan.steps):
+        async with _connected(plan, server) as (relay, client), _calling(client, caller, plan.steps) as call:
             await _cut(plan, server, relay, caller)
             await _return(plan, server, relay, caller)
+            await _finish(plan, server, caller, call)
             page.heading("4. The server is killed with SIGKILL")
             await server.kill()
         page.line("It could not close or flush anything. What it left on disk:")
@@ -104,13 +106,14 @@ async def _connected(plan: Plan, server: ServerProcess) -> AsyncGenerator[tuple[
 
 
 @contextlib.asynccontextmanager
-async def _calling(client: Client, caller: Caller, steps: int) -> AsyncGenerator[None]:
+async def _calling(client: Client, caller: Caller, steps: int) -> AsyncGenerator[asyncio.Task[None]]:
     call = asyncio.create_task(caller.call(client.session, steps))
     try:
-        yield
+        yield call
     finally:
         call.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        # Why it failed is known from what did not come, or there is a better reason.
+        with contextlib.suppress(asyncio.CancelledError, StandstillError):
             await call
 
 
@@ -141,9 +144,15 @@ async def _return(plan: Plan, server: ServerProcess, relay: Relay, caller: Calle
     await _received(caller, plan.back_after)
     took_ms = (time.monotonic() - resume.at) * 1000
     page.fact("server", f"replays {page.span(plan.cut_after + 1, plan.back_after)} within {took_ms:.0f} ms")
+
+
+async def _finish(plan: Plan, server: ServerProcess, caller: Caller, call: asyncio.Task[None]) -> None:
     await server.allow(plan.steps - plan.back_after)
     await server.stored.reaches(plan.steps + 1)
-    await _received(caller, plan.steps + 1)
+    # Not until so many messages came: one of them may have come twice, or never.
+    await caller.texts.ends()
+    await call
+    await caller.event_ids.reaches(len(caller.texts.items) + 1)
     page.fact("client", f"receives {page.span(plan.back_after + 1, plan.steps)} and the result, live again")
 
 
