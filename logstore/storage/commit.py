@@ -489,6 +489,8 @@ class GroupCommit:
         self._timers.stop()
         await self._settle()
         if self._unwritten.gathering:
+            # The last chance: a journal longer than it should be is better than losing what it would hold.
+            self.stuck = None
             self._start_rewrite()
             await self._settle()
         if self.volatile_events:
