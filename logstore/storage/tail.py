@@ -6,6 +6,7 @@ cache is in step with the log by construction. All methods run on the event loop
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from typing import Final, NamedTuple
@@ -13,6 +14,10 @@ from typing import Final, NamedTuple
 _EVENT_OVERHEAD: Final = 150
 """Bytes that an event in memory costs beside its frame: the objects and their places in lists."""
 _STREAM_OVERHEAD: Final = 600
+
+
+_SLICE_EVENTS: Final = 1_000
+_PAUSE_S: Final = 0.000_05
 
 
 class StreamTail:
@@ -230,10 +235,16 @@ class Tail:
         """Group events by stream; called in the checkpoint's thread on sealed generations, which do not change."""
         grouped: dict[StreamTail, Run] = {}
         for generation in generations:
-            for event_id, frame, owner in zip(generation.ids, generation.frames, generation.owners, strict=True):
-                run = grouped.get(owner)
-                if run is None:
-                    run = grouped[owner] = Run(owner.name, [], [])
-                run.ids.append(event_id)
-                run.frames.append(frame)
+            for start in range(0, len(generation.ids), _SLICE_EVENTS):
+                part = slice(start, start + _SLICE_EVENTS)
+                for event_id, frame, owner in zip(
+                    generation.ids[part], generation.frames[part], generation.owners[part], strict=True
+                ):
+                    run = grouped.get(owner)
+                    if run is None:
+                        run = grouped[owner] = Run(owner.name, [], [])
+                    run.ids.append(event_id)
+                    run.frames.append(frame)
+                # Let go of the interpreter: a commit that is done needs it, and would wait for 5 ms.
+                time.sleep(_PAUSE_S)
         return list(grouped.values())
