@@ -24,10 +24,10 @@ from logstore.storage.record import frame_time_us
 from logstore.storage.segment import SegmentWriter
 from logstore.storage.tail import Run
 
-_STREAM_FILES: Final = 128
+_STREAM_FILES: Final = 32
 """Most streams that get a file of their own in one checkpoint: each is a sync."""
 _WRITE_BYTES: Final = 1 << 20
-_OWN_FILE_BYTES: Final = 64 << 10
+_OWN_FILE_BYTES: Final = 256 << 10
 """Smallest run that begins a file of its own."""
 
 
