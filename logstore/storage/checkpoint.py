@@ -10,6 +10,9 @@ runs go to files of their own stream, the rest to one pack, each stream contiguo
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sqlite3
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, repeat
 from pathlib import Path
@@ -23,6 +26,8 @@ from logstore.storage.lane import journal_path
 from logstore.storage.record import frame_time_us
 from logstore.storage.segment import SegmentWriter
 from logstore.storage.tail import Run
+
+logger = logging.getLogger("logstore")
 
 _STREAM_FILES: Final = 32
 """Most streams that get a file of their own in one checkpoint: each is a sync."""
@@ -145,6 +150,9 @@ class SegmentStore:
         self._numbers = numbers
         self._segment_bytes = segment_bytes
         self._open: dict[str, _Segment] = {}
+        # Begun by the checkpoint that runs, and not in the index yet.
+        self._begun: list[SegmentWriter] = []
+        self._done: list[Journal] = []
         self._unlinked: list[tuple[int, int]] = []
 
     def write(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
@@ -164,13 +172,32 @@ class SegmentStore:
         except BaseException:
             # What the open segments hold past their indexed length is not known: they end here.
             self._close_all()
+            self._remove_begun()
             raise
-        for journal in journals:
+        # From here on nothing is an error: whoever tried again would index the events twice.
+        self._done += journals
+        try:
+            self._remove_done()
+            self._catalogue.shrink_wal()
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("what a checkpoint is done with is removed after the next one: %s", error)
+
+    def _remove_done(self) -> None:
+        """Remove the journals whose events are in segments."""
+        for journal in self._done:
             self._disk.unlink(journal_path(journal.folder, journal.ordinal))
-        for folder in {journal.folder for journal in journals}:
+        for folder in {journal.folder for journal in self._done}:
             self._disk.sync_folder(folder)
-        self._unlinked += [(journal.lane, journal.ordinal) for journal in journals]
-        self._catalogue.shrink_wal()
+        self._unlinked += [(journal.lane, journal.ordinal) for journal in self._done]
+        self._done.clear()
+
+    def _remove_begun(self) -> None:
+        """Remove the segments of a checkpoint that failed, or a full disk would fill up with them."""
+        for writer in self._begun:
+            writer.close()
+            with contextlib.suppress(OSError):
+                self._disk.unlink(writer.path)
+        self._begun.clear()
 
     def _store(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
         by_size = sorted(runs, key=lambda run: -sum(map(len, run.frames)))
@@ -196,9 +223,13 @@ class SegmentStore:
         # Streams that have not written for longest make room: few files stay open however many streams there are.
         idle = [segment for segment in self._open.values() if segment not in touched]
         finished += idle[: max(0, len(self._open) - 2 * _STREAM_FILES)]
-        self._index(placed, touched, finished, journals)
-        if pack is not None:
-            pack.writer.close()
+        # A commit that fails may be on disk all the same.
+        self._begun.clear()
+        try:
+            self._index(placed, touched, finished, journals)
+        finally:
+            if pack is not None:
+                pack.writer.close()
         for segment in finished:
             segment.writer.close()
             assert segment.stream is not None
@@ -225,10 +256,12 @@ class SegmentStore:
                 incarnation=self._incarnation,
             )
             try:
-                return _Segment(SegmentWriter(self._disk, self._root, header), stream)
+                writer = SegmentWriter(self._disk, self._root, header)
             except FileExistsError:
                 # Left by a process that died before it was indexed, on a clock that was ahead.
                 continue
+            self._begun.append(writer)
+            return _Segment(writer, stream)
 
     def _index(
         self,

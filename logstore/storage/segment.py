@@ -7,6 +7,7 @@ A sealed segment never changes: its SHA-256 is in the catalogue.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,9 @@ class SegmentWriter:
             self.append(header.encode())
         except BaseException:
             self.close()
+            # Nothing is in it, and the next try takes another number.
+            with contextlib.suppress(OSError):
+                disk.unlink(self.path)
             raise
 
     def append(self, data: bytes) -> int:
@@ -64,8 +68,10 @@ class SegmentWriter:
         self._disk.sync(self._fd)
 
     def close(self) -> None:
-        """Close the file."""
-        self._disk.close(self._fd)
+        """Close the file; a second call does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._disk.close(fd)
 
     @property
     def sha256(self) -> str:
