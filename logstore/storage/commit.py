@@ -393,6 +393,10 @@ class GroupCommit:
         first = self.failure is None
         self.failure = self.failure or Failure(str(error), time.time_ns() // 1000)
         self.last_error = str(error)
+        if first and self._lane.journal is not None:
+            # The file that is given up goes through the checkpoint even if none of its events are visible: left behind,
+            # it would bring what was refused back once the next file, which says where it ends, is gone.
+            self._tail.generation(self._lane.journal.header.number)
         for generation in self._unwritten.gather():
             self._seal(generation)
         queued, self._pending = self._pending, _Batch()

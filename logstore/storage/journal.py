@@ -23,6 +23,7 @@ that exist is synced without a change of the file's metadata, which takes a quar
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,10 @@ class JournalWriter:
             disk.write(self._fd, encoded.ljust(PAGE_BYTES, b"\0"), 0)
             disk.sync_folder(path.parent)
         except BaseException:
-            disk.close(self._fd)
+            self.close()
+            # Nothing is in it, and the next try takes another ordinal: a full disk would fill up with them.
+            with contextlib.suppress(OSError):
+                disk.unlink(path)
             raise
         self._zeroed = PAGE_BYTES
 
@@ -118,8 +122,10 @@ class JournalWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the file as it is."""
-        self._disk.close(self._fd)
+        """Close the file as it is; a second call does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._disk.close(fd)
 
 
 class Batch(msgspec.Struct, frozen=True):
