@@ -251,11 +251,12 @@ class Log:
         lost = 0
         if owner is not None:
             own, lost = owner.after(start, limit), owner.lost
-            if start and owner.covers(start) and parts.foreign.moves() == owner.others:
-                self._hits += 1
-                return contiguous(stream, start, [decode_frame(frame) for frame in own])
-        self._misses += 1
-        events = await parts.read(parts.reader.read, stream, start, limit, own)
+        if start and owner is not None and owner.covers(start) and parts.foreign.moves() == owner.others:
+            self._hits += 1
+            events = [decode_frame(frame) for frame in own]
+        else:
+            self._misses += 1
+            events = await parts.read(parts.reader.read, stream, start, limit, own)
         if lost > start:
             events = [event for event in events if event.id <= lost]
             if not events:
@@ -299,7 +300,10 @@ class Log:
             return Health("degraded", commit.failure.reason, commit.failure.since_us, commit.volatile_events)
         if commit.stuck is not None:
             return Health("degraded", f"journals cannot be emptied: {commit.stuck}", None, commit.volatile_events)
-        return Health("ok", None, None, commit.volatile_events)
+        if commit.volatile_events:
+            # The disk is back, the last of them are being written.
+            return Health("degraded", commit.last_error, None, commit.volatile_events)
+        return Health("ok", None, None, 0)
 
     def stream_summaries(self) -> list[StreamSummary]:
         """Return the totals of every stream, those events included that are not in segments yet."""

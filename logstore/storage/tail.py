@@ -7,7 +7,7 @@ cache is in step with the log by construction. All methods run on the event loop
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from typing import Final, NamedTuple
 
@@ -25,7 +25,8 @@ class StreamTail:
 
     Attributes:
         name: Name of the stream.
-        ids: Their ids, ascending; every event of this lane since the first of them is here.
+        ids: Their ids, ascending; every event of this lane since the first of them is here, but those up to `lost`
+            that were dropped.
         frames: Their frames, in step with `ids`.
         last: Newest id given out for the stream, visible or not yet.
         in_segments: How many of the oldest are in segments too.
@@ -169,15 +170,13 @@ class Tail:
         Args:
             generation: Where they are.
             start: Index of the first of them there.
-            count: How many; each must be the oldest of its stream that is in no segment.
+            count: How many.
         """
         end = start + count
         for event_id, owner in zip(generation.ids[start:end], generation.owners[start:end], strict=True):
-            # What the stream's memory holds from before goes too: it begins behind the gap.
-            place = bisect_right(owner.ids, event_id)
-            self.bytes -= memory_of(owner.frames[:place])
-            del owner.ids[:place], owner.frames[:place]
-            owner.in_segments = 0
+            place = bisect_left(owner.ids, event_id)
+            self.bytes -= memory_of(owner.frames[place : place + 1])
+            del owner.ids[place : place + 1], owner.frames[place : place + 1]
             owner.lost = event_id
         size = memory_of(generation.frames[start:end])
         del generation.ids[start:end], generation.frames[start:end], generation.owners[start:end]
