@@ -30,24 +30,35 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 def _let_go_in_child() -> None:
     """Close the locks in a forked child: it shares them, and would hold them after the death of its parent."""
     for lock in list(_held):
-        lock.release()
+        lock.close()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class Lock:
-    """A held `flock`; the kernel releases it when the process dies."""
+    """A `flock`; the kernel releases it when the process dies.
+
+    Attributes:
+        fd: The descriptor, -1 once it is closed.
+    """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         _held.add(self)
 
     def release(self) -> None:
         """Let go of the lock; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            # Not by closing alone: a child may have been forked just before the descriptor was noted here, and have it.
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; whoever shares it holds the lock on."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def __enter__(self) -> Lock:
         return self
@@ -183,16 +194,17 @@ class Disk:
 
     def lock(self, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:
         """Take the `flock` of a file that is never unlinked; None when another holds it and `wait` is false."""
-        fd = self.open(path, create=True)
+        # Noted before it is locked: a child that is forked while this thread waits must close it.
+        lock = Lock(self.open(path, create=True))
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            os.close(fd)
+            lock.close()
             return None
         except BaseException:
-            os.close(fd)
+            lock.close()
             raise
-        return Lock(fd)
+        return lock
 
 
 def lock_holders(path: Path) -> list[int]:
