@@ -112,6 +112,11 @@ class Process:
         assert await asyncio.to_thread(self._process.wait, DEADLINE_S) == 0
         return text.splitlines()
 
+    async def rest_after_kill(self) -> list[str]:
+        """Return the whole lines that it had said when it was killed."""
+        assert self._process.stdout is not None
+        return (await asyncio.to_thread(self._process.stdout.read)).split("\n")[:-1]
+
     def say(self, line: str) -> None:
         """Give it a line."""
         assert self._process.stdin is not None
