@@ -5,7 +5,7 @@ writes it, and only that holder moves SQLite's own write-ahead log into the data
 a database when two connections do that and write at the same moment.
 
 The tables are made and migrated with sqlite-utils, so that `sqlite-utils tables events.db` or Datasette show something
-pleasant; the two statements that insert a row an event are plain `executemany`.
+pleasant; the statements that insert a row an event are plain SQL.
 """
 
 from __future__ import annotations
@@ -387,6 +387,11 @@ class Catalogue:
             ((*row, now) for row in rows),
         )
 
+    def forget_segment(self, segment_id: int) -> None:
+        """Drop all rows of a segment; a look at every row, for the rare case that one is indexed again."""
+        for table in ("extents", "events", "segments"):
+            self._write.execute(f"DELETE FROM {table} WHERE segment_id = ?", (segment_id,))
+
     def seal_segments(self, rows: Iterable[tuple[int, str]]) -> None:
         """Note `(segment_id, sha256)` of segments that will not grow any more."""
         self._write.executemany(
@@ -434,9 +439,11 @@ class Catalogue:
             assert self._reader is not None, "the catalogue is not open"
             if self._inode() not in (0, self._read_inode):
                 # Another process made the index again.
+                # Asked before the file is opened: one that comes after it is seen by the next query.
+                inode = self._inode()
                 reader = connect(self.path, write=False)
                 self._retired.append(self._reader)
-                self._reader, self._read_inode = reader, self._inode()
+                self._reader, self._read_inode = reader, inode
             try:
                 return self._reader.execute(sql, arguments).fetchall()
             except sqlite3.Error as error:

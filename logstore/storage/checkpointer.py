@@ -126,7 +126,7 @@ class Checkpointer:
         turn: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
 
         def done(result: Any) -> None:
-            if turn.cancelled():
+            if turn.done() or turn.get_loop().is_closed():
                 return
             if isinstance(result, BaseException):
                 turn.set_exception(result)

@@ -60,10 +60,14 @@ class _Batch:
         """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
         for waiter in self.waiters:
             if not waiter.done():
-                if error is None:
-                    waiter.set_result(None)
-                else:
-                    waiter.set_exception(error)
+                try:
+                    if error is None:
+                        waiter.set_result(None)
+                    else:
+                        waiter.set_exception(error)
+                except RuntimeError:
+                    # Its loop was closed while it waited.
+                    continue
 
 
 class GroupCommit:
@@ -111,10 +115,9 @@ class GroupCommit:
         self._loop: asyncio.AbstractEventLoop | None = None
         # To see whether the caller's loop is the one that is served: asking for the running loop is a system call in
         # CPython 3.11, which was a tenth of an append.
-        self._loop_closed: Callable[[], bool] = lambda: True
+        self._loop_runs: Callable[[], bool] = lambda: False
         self._thread = 0
-        self._longest_turn_us = int(options.sync_interval_s * 1e6)
-        self._turn_us = 0
+        self._turn_s = 0.0
         self._worker = Worker("logstore-journal")
         self._timers = Timers()
         self._pending = _Batch()
@@ -135,7 +138,7 @@ class GroupCommit:
 
     async def append(self, stream: str, payload: bytes, flags: int) -> int:
         """Append one event and return its id; durable on return as the options say."""
-        if self._loop_closed() or get_ident() != self._thread or not self._room.is_set():
+        if not self._loop_runs() or get_ident() != self._thread or not self._room.is_set():
             await self._ready()
         now_us = time.time_ns() // 1000
         owner = self._tail.streams.get(stream) or self._begin_stream(stream)
@@ -144,7 +147,7 @@ class GroupCommit:
         owner.last = event_id
         if self.failure is not None:
             self._show_volatile([event_id], [frame], [owner])
-        elif not self._sync_each and self._can_write_now(event_id, now_us):
+        elif not self._sync_each and self._can_write_now(event_id):
             self._write_now([event_id], [frame], [owner])
         else:
             pending = self._pending
@@ -158,7 +161,7 @@ class GroupCommit:
         """Append events in one commit and return their ids in the order given; all of them or none."""
         if not items:
             return []
-        if self._loop_closed() or get_ident() != self._thread or not self._room.is_set():
+        if not self._loop_runs() or get_ident() != self._thread or not self._room.is_set():
             await self._ready()
         now_us = time.time_ns() // 1000
         owners = [self._tail.streams.get(stream) or self._begin_stream(stream) for stream, _, _ in items]
@@ -175,7 +178,7 @@ class GroupCommit:
             owner.last = newest
         if self.failure is not None:
             self._show_volatile(ids, frames, owners)
-        elif not self._sync_each and self._can_write_now(ids[-1], now_us):
+        elif not self._sync_each and self._can_write_now(ids[-1]):
             self._write_now(ids, frames, owners)
         else:
             self._pending.add(ids, frames, owners)
@@ -217,7 +220,7 @@ class GroupCommit:
         if self._loop is not None and not self._loop.is_closed():
             raise StoreClosedError("the store is used from two event loops at once; open one store for each")
         self._loop = running
-        self._loop_closed = running.is_closed
+        self._loop_runs = running.is_running
         self._thread = get_ident()
         # Events belong to the loop that they were first waited for on.
         self._room = asyncio.Event()
@@ -308,11 +311,12 @@ class GroupCommit:
 
     # Writing inside the call, in `interval` and `os` mode: three times the rate of a commit at the end of the turn.
 
-    def _can_write_now(self, event_id: int, now_us: int) -> bool:
+    def _can_write_now(self, event_id: int) -> bool:
         # A task that appends without ever waiting keeps the loop, and with it the timers, to itself: it must wait for a
         # commit now and then.
-        if now_us - self._turn_us > self._longest_turn_us:
-            self._turn_us = now_us
+        now_s = time.monotonic()
+        if now_s - self._turn_s > self._options.sync_interval_s:
+            self._turn_s = now_s
             return False
         file_bytes = self._options.journal_file_bytes
         return not self._busy and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
@@ -405,6 +409,7 @@ class GroupCommit:
                 for owner in failed.owners:
                     # The refused ids were never shown: the next event must not name one as its predecessor.
                     owner.last = owner.ids[-1] if owner.ids else 0
+                    self._tail.drop_empty(owner)
                 failed.release(self._refusal())
             else:
                 self._show_volatile(failed.ids, failed.frames, failed.owners)
@@ -446,12 +451,16 @@ class GroupCommit:
         if fresh:
             lane.abandon()
         try:
+            if fresh:
+                lane.begin_rewrite()
             # Without events an empty batch shows whether the disk works.
             for start in range(0, max(1, len(ids)), _REWRITE_EVENTS):
                 part = slice(start, start + _REWRITE_EVENTS)
                 lane.write(frames[part], ids[part][-1] if ids else 0)
             assert lane.journal is not None
             lane.sync()
+            if fresh:
+                lane.publish_rewrite()
         except BaseException:
             if fresh:
                 lane.discard()
@@ -463,13 +472,15 @@ class GroupCommit:
         """Go back to normal: new events wait again while those follow that came as the thread wrote."""
         if isinstance(result, BaseException):
             self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+            self._unwritten.not_written()
             self._fail(result, _Batch())
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
         if self.failure is not None:
             logger.warning("the journal in %s is written again", self._lane.folder)
             self.failure = None
-        self._unwritten.written(last_id, result)
+        for generation in self._unwritten.written(last_id, result):
+            self._seal(generation)
         self._start_rewrite()
         self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
         self.room_changed()
@@ -526,5 +537,5 @@ class GroupCommit:
 
 
 def _finish(turn: asyncio.Future[None], _: None) -> None:
-    if not turn.done():
+    if not (turn.done() or turn.get_loop().is_closed()):
         turn.set_result(None)

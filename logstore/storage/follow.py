@@ -41,8 +41,8 @@ class Followers:
         """Give an event that is set whenever the stream may have grown, from before the first read on."""
         wake = asyncio.Event()
         self._waiting.setdefault(stream, set()).add(wake)
-        self._look()
         try:
+            self._look()
             yield wake
         finally:
             self._waiting[stream].discard(wake)
@@ -70,7 +70,12 @@ class Followers:
             return
         self._looking = True
         loop = asyncio.get_running_loop()
-        moves = self._foreign.moves()
+        try:
+            moves = self._foreign.moves()
+        except OSError:
+            # Out of descriptors, say: whoever reads gets the error, and the next look may do.
+            self._wake(set(self._waiting))
+            moves = self._moves
         if moves == self._moves:
             loop.call_later(_LOOK_S, self._look_again)
             return

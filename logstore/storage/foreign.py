@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -34,6 +35,10 @@ class _Spot(NamedTuple):
     event_id: int
     offset: int
     length: int
+
+
+def _id_of(spot: _Spot) -> int:
+    return spot.event_id
 
 
 class _Journal:
@@ -69,9 +74,11 @@ class _Journal:
                 grown.add(event.stream)
         return grown
 
-    def frames(self, stream: str, after: int) -> list[bytes]:
-        """Return the frames of a stream's events above an id."""
-        spots = [spot for spot in self.streams.get(stream, ()) if spot.event_id > after]
+    def frames(self, stream: str, after: int, limit: int) -> list[bytes]:
+        """Return the frames of a stream's first events above an id."""
+        spots = self.streams.get(stream, [])
+        place = bisect_right(spots, after, key=_id_of)
+        spots = spots[place : place + limit]
         return [self._disk.read(self._fd, spot.length, spot.offset) for spot in spots]
 
     def close(self) -> None:
@@ -87,6 +94,7 @@ class _Lane:
         self.marks = Marks(disk, folder)
         self.journals: dict[int, _Journal] = {}
         self.newest = 0
+        self._skipped = False
 
     def pin(self) -> set[str]:
         """Open the journals that are there, so that they can be read even when a checkpoint removes them.
@@ -103,6 +111,7 @@ class _Lane:
         for new in sorted(ordinals - self.journals.keys()):
             try:
                 self.journals[new] = _Journal(self._disk, journal_path(self.folder, new))
+                self._skipped |= new > self.newest + 1
                 self.newest = max(self.newest, new)
             except (FileNotFoundError, DamageError):
                 # Checkpointed since, or only being made: nothing of it is visible.
@@ -122,7 +131,8 @@ class _Lane:
 
     def missed(self, visible: Place) -> bool:
         """Whether a journal came and went between two looks, so that nobody knows which streams grew."""
-        missed = visible.ordinal > self.newest
+        missed = self._skipped or visible.ordinal > self.newest
+        self._skipped = False
         self.newest = max(self.newest, visible.ordinal)
         return missed
 
@@ -214,18 +224,18 @@ class Foreign:
             self._grown.clear()
             self._missed = True
 
-    def frames(self, stream: str, after: int) -> list[bytes]:
-        """Return a stream's events above an id, as far as `read_on` has read; in no order, perhaps some twice."""
+    def frames(self, stream: str, after: int, limit: int) -> list[bytes]:
+        """Return a stream's first events above an id, as far as `read_on` has read; perhaps more, or some twice."""
         return [
             frame
-            for lane in self._lanes.values()
+            for lane in list(self._lanes.values())
             for journal in lane.journals.values()
-            for frame in journal.frames(stream, after)
+            for frame in journal.frames(stream, after, limit)
         ]
 
     def stream_of(self, event_id: int) -> str | None:
         """Return the stream of an event, as far as `read_on` has read."""
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             for journal in lane.journals.values():
                 if (stream := journal.ids.get(event_id)) is not None:
                     return stream
@@ -233,6 +243,6 @@ class Foreign:
 
     def close(self) -> None:
         """Close all files."""
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             lane.close()
         self._lanes.clear()

@@ -30,6 +30,7 @@ from logstore.storage.header import KIND_JOURNAL, FileHeader, new_salt
 from logstore.storage.journal import PAGE_BYTES, JournalWriter
 
 _SUFFIX: Final = ".journal"
+_TEMPORARY: Final = ".tmp"
 _STATE_FIELDS: Final = struct.Struct("<QQQ")
 _CRC: Final = struct.Struct("<I")
 _STATE_SLOTS: Final = (0, PAGE_BYTES)
@@ -105,8 +106,12 @@ class Marks:
 
     @property
     def incarnation(self) -> int:
-        """The opening that writes the lane, or wrote it last."""
+        """The opening that writes the lane, or wrote it last; 0 once what it left is being adopted."""
         return int(self._words[4])
+
+    def disown(self) -> None:
+        """Say that nobody writes the lane any more; the caller holds its lock."""
+        self._words[4] = 0
 
     def begin(self, incarnation: int) -> None:
         """Start a new incarnation of the lane: nothing is visible yet."""
@@ -145,6 +150,13 @@ def journal_ordinals(disk: Disk, folder: Path) -> list[int]:
 def journal_path(folder: Path, ordinal: int) -> Path:
     """Return the path of a lane's journal file."""
     return folder / f"{ordinal:010d}{_SUFFIX}"
+
+
+def remove_unpublished(disk: Disk, folder: Path) -> None:
+    """Remove what a dead process began beside its place and did not finish."""
+    for name in disk.list(folder):
+        if name.endswith(_TEMPORARY):
+            disk.unlink(folder / name)
 
 
 def lane_folders(disk: Disk, root: Path) -> Iterator[tuple[int, Path]]:
@@ -295,7 +307,22 @@ class Lane:
         """Whether `write` would do without a sync and without a new file."""
         return self.journal is not None and self.journal.end < file_bytes and last_id < self._reserved.event_id
 
-    def _begin_journal(self) -> None:
+    def begin_rewrite(self) -> None:
+        """Begin a file for what a given-up one may not hold, beside its place.
+
+        Its header says that the other one ends: that must not be seen before everything else that this file is for.
+        """
+        self._begin_journal(_TEMPORARY)
+
+    def publish_rewrite(self) -> None:
+        """Put the synced file in its place; on return it stays there."""
+        assert self.journal is not None
+        path = journal_path(self.folder, self.journal.header.number)
+        self._disk.rename(self.journal.path, path)
+        self.journal.path = path
+        self._disk.sync_folder(self.folder)
+
+    def _begin_journal(self, suffix: str = "") -> None:
         if self._ordinal >= self._reserved.ordinal:
             self.reserve(self._reserved.event_id)
         header = FileHeader(
@@ -309,7 +336,8 @@ class Lane:
         )
         # The ordinal is spent even when the file cannot be made: half of it may be there.
         self._ordinal += 1
-        self.journal = JournalWriter(self._disk, journal_path(self.folder, header.number), header)
+        path = journal_path(self.folder, header.number)
+        self.journal = JournalWriter(self._disk, path.with_name(path.name + suffix), header)
 
     def sync(self) -> None:
         """Return when everything written is on disk."""

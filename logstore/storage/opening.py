@@ -92,6 +92,7 @@ class OpenStore:
             self.catalogue.suspect = mend
             self._mend_catalogue()
             self.catalogue.open()
+            self._index_unknown()
             self.lane = Lane.acquire(disk, root, self.store_id)
             undo.callback(self.lane.end)
             reserved = (read_reservation(disk, folder).event_id for _, folder in lane_folders(disk, root))
@@ -150,6 +151,12 @@ class OpenStore:
         if found != "ours" or self.catalogue.suspect:
             self._make_index()
 
+    def _index_unknown(self) -> None:
+        """Index what the segments hold and a catalogue that is older than they are does not know."""
+        events = reindex(self._disk, self.root, self.catalogue, self.store_id)
+        if events:
+            logger.warning("%s did not know all of %d events in segments; they are indexed", self._path, events)
+
     def _make_index(self) -> None:
         """Put an index in place that is made of all segments, if any; the caller holds the checkpoint lock.
 
@@ -202,10 +209,18 @@ class OpenStore:
         with self.checkpoint_lock():
             self._keep_catalogue()
             self.segments.write(tail.runs(generations), journals, time.time_ns() // 1000)
+            self._copy_sessions()
+
+    def _copy_sessions(self) -> None:
+        """Show sessions in the catalogue as the registry has them; what fails here the next checkpoint does."""
+        try:
             changes = self.registry.changes()
             if changes:
                 with self.catalogue.transaction():
                     self.catalogue.put_sessions(changes)
+        except (OSError, DamageError, sqlite3.Error) as error:
+            self.registry.all_changed()
+            logger.error("sessions cannot be copied to the catalogue: %s", error)
 
     def _keep_catalogue(self) -> None:
         """See to it that the index at the path is whole and the one that is open; the caller holds its lock."""
@@ -216,6 +231,8 @@ class OpenStore:
                 self.catalogue.suspect = False
             self._mend_catalogue()
             self.catalogue.open()
+            self._index_unknown()
+            self.registry.all_changed()
 
     def adopt_dead_lanes(self) -> int:
         """Take what dead processes left in their lanes, without waiting for anybody who does the same.
@@ -257,19 +274,30 @@ class OpenStore:
     def is_alive(self, incarnation: int) -> bool:
         """Whether the opening with this incarnation still holds its lane."""
         folder = self.root / "lanes" / f"{lane_of(incarnation):04d}"
-        marks = Marks(self._disk, folder)
-        try:
-            if marks.incarnation != incarnation:
-                return False
-        finally:
-            marks.close()
+        if self._writer_of(folder) != incarnation:
+            return False
         if incarnation == self.lane.incarnation:
             return True
-        lock = self._disk.lock(folder / "lock")
+        # Shared, so that two who ask do not take each other for the owner.
+        lock = self._disk.lock(folder / "lock", shared=True)
         if lock is None:
             return True
         lock.release()
         return False
+
+    def recover_lane_of(self, dead: int) -> None:
+        """Return when everything that a dead opening left is in segments, whoever brings it there."""
+        folder = self.root / "lanes" / f"{lane_of(dead):04d}"
+        while True:
+            self.adopt_dead_lanes()
+            # A later opening of the lane has recovered it before it wrote.
+            if not journal_ordinals(self._disk, folder) or self._writer_of(folder) not in (0, dead):
+                return
+            time.sleep(_WAIT_S)
+
+    def _writer_of(self, folder: Path) -> int:
+        with contextlib.closing(Marks(self._disk, folder)) as marks:
+            return marks.incarnation
 
     def highest_reserved(self) -> int:
         """Return an id at or above everything that any lane has given out."""

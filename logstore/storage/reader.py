@@ -73,7 +73,7 @@ class Reader:
         """
         self._foreign.read_on()
         events = {event.id: event for event in map(decode_frame, own)}
-        events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after)))
+        events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after, limit)))
         found, hole = self._in_segments(stream, after, limit)
         events.update(found)
         merged = [events[event_id] for event_id in sorted(events)]
@@ -115,8 +115,8 @@ class Reader:
         events: list[Event] = []
         offset, end = extent.offset, extent.offset + extent.length
         row = self._asked(self._catalogue.event, after) if after >= extent.first_id else None
-        if row is not None and row.stream_id == extent.stream_id and row.segment_id == extent.segment_id:
-            offset = max(offset, row.offset + row.length)
+        if row is not None and row.segment_id == extent.segment_id and offset <= row.offset < end:
+            offset = row.offset + row.length
         try:
             fd = self._disk.open(segment_path(self._root, extent.segment_id))
         except FileNotFoundError:

@@ -5,12 +5,13 @@ The caller holds the lock of the lane, and the checkpoint lock.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from logstore.errors import DamageError
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
@@ -18,12 +19,15 @@ from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header, frame_seed
 from logstore.storage.journal import JournalScan, scan_headless, scan_journal
-from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path
+from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path, remove_unpublished
 from logstore.storage.record import Event, decode_frame, salvage_frames
 from logstore.storage.segment import segment_numbers, segment_path
 from logstore.storage.tail import Run
 
 logger = logging.getLogger("logstore")
+
+_END_OF_FILE: Final = 0xFFFFFFFF
+"""An offset behind everything that a mark can name."""
 
 
 def adopt_lane(
@@ -38,6 +42,8 @@ def adopt_lane(
         FormatVersionError: A newer release wrote the journals.
         OSError, sqlite3.Error: The disk or the catalogue refused; the journals that are left can be adopted again.
     """
+    with contextlib.closing(Marks(disk, folder)) as marks:
+        marks.disown()
     done = catalogue.checkpointed_journals(number)
     ordinals = journal_ordinals(disk, folder)
     ends = _ends_by_successor(disk, folder, ordinals)
@@ -58,15 +64,21 @@ def adopt_lane(
         segments.write(_runs(list(frames.values())), [journal], time.time_ns() // 1000)
     if ordinals:
         logger.info("adopted %d journal files of lane %04d", len(ordinals), number)
+        _show_adopted(disk, folder, ordinals[-1])
+    remove_unpublished(disk, folder)
     return highest
 
 
+def _show_adopted(disk: Disk, folder: Path, ordinal: int) -> None:
+    """Move the lane's mark, so that who follows looks again: the dead process may have died before it moved it."""
+    with contextlib.closing(Marks(disk, folder)) as marks:
+        if marks.valid:
+            marks.show(ordinal, _END_OF_FILE)
+
+
 def _durable_mark(disk: Disk, folder: Path) -> Place:
-    marks = Marks(disk, folder)
-    try:
+    with contextlib.closing(Marks(disk, folder)) as marks:
         return marks.durable
-    finally:
-        marks.close()
 
 
 def _ends_by_successor(disk: Disk, folder: Path, ordinals: list[int]) -> dict[int, int]:
@@ -166,19 +178,22 @@ class _Found(NamedTuple):
 
 
 def reindex(disk: Disk, root: Path, catalogue: Catalogue, store_id: int) -> int:
-    """Make the rows of an empty catalogue again from the segments.
+    """Index what segments hold and the catalogue does not know: it is new, or older than they are.
 
     Returns:
-        The number of events.
+        The number of events in the segments that were not known whole.
 
     Raises:
         FormatVersionError: A newer release wrote a segment.
     """
     total = 0
+    known = catalogue.segment_sizes()
     # The index must not name a file whose entry in the folder a power cut can still take.
     disk.sync_folder(root / "segments")
     for number in segment_numbers(disk, root):
         path = segment_path(root, number)
+        if path.stat().st_size <= known.get(number, 0):
+            continue
         data = read_from_device(disk, path)
         if len(data) < HEADER_BYTES:
             # Only being made when its writer died: nothing was ever in it.
@@ -194,14 +209,16 @@ def reindex(disk: Disk, root: Path, catalogue: Catalogue, store_id: int) -> int:
 
 
 def _index_segment(catalogue: Catalogue, number: int, path: Path, data: bytes, store_id: int) -> int:
+    """Index a whole segment in the place of what is known of it; events that another one has stay there."""
     found = [
         _Found(decode_frame(frame), offset, len(frame)) for offset, frame in salvage_frames(data, frame_seed(store_id))
     ]
     # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again.
-    twice = catalogue.indexed([each.event.id for each in found])
-    found = [each for each in found if each.event.id not in twice]
+    homes = catalogue.indexed([each.event.id for each in found])
+    found = [each for each in found if homes.get(each.event.id, number) == number]
     runs = list(_contiguous(found))
     with catalogue.transaction():
+        catalogue.forget_segment(number)
         numbers = catalogue.add_streams(list(dict.fromkeys(run[0].event.stream for run in runs)))
         ids = [numbers[run[0].event.stream] for run in runs]
         catalogue.put_segments(

@@ -282,6 +282,13 @@ class Registry:
             del self._sessions[entry.key]
         self._changed[entry.key] = SessionChange(entry.key, session.incarnation, session.opened_us, ended)
 
+    def all_changed(self) -> None:
+        """Let the next call of `changes` return every session that has not ended."""
+        with self._mutex:
+            for session in self._sessions.values():
+                change = SessionChange(session.key, session.incarnation, session.opened_us, None)
+                self._changed.setdefault(session.key, change)
+
     def changes(self) -> list[SessionChange]:
         """Return, once, the sessions that changed since the last call."""
         with self._mutex:

@@ -57,7 +57,7 @@ class Sessions:
             session = store.registry.find(key)
             if session is None or store.is_alive(session.incarnation):
                 return session, 0
-            store.adopt_dead_lanes()
+            store.recover_lane_of(session.incarnation)
             now_us = time.time_ns() // 1000
             session = store.registry.take_over(key, session.incarnation, store.lane.incarnation, now_us)
             return session, store.highest_reserved()

@@ -120,6 +120,11 @@ class Tail:
             self.bytes += _STREAM_OVERHEAD
         return found
 
+    def drop_empty(self, owner: StreamTail) -> None:
+        """Forget a stream of which no event ever became visible."""
+        if not owner.ids and not owner.lost and self.streams.pop(owner.name, None) is not None:
+            self.bytes -= _STREAM_OVERHEAD
+
     def generation(self, ordinal: int) -> Generation:
         """Return the generation of the journal being written."""
         if not self.generations or self.generations[-1].ordinal != ordinal:

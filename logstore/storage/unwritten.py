@@ -28,6 +28,10 @@ class Unwritten:
         self._events: Generation | None = None
         self._kept = 0
         self._kept_bytes = 0
+        # What is being written just now is not dropped either: it would be lost although the disk had it.
+        self._copied = 0
+        self._copied_bytes = 0
+        self._given_up: list[Generation] = []
 
     def __len__(self) -> int:
         return len(self._events.ids) if self._events is not None else 0
@@ -43,41 +47,60 @@ class Unwritten:
         return self._events.bytes if self._events is not None else 0
 
     def gather(self) -> list[Generation]:
-        """Take what the unfinished journals may not hold; return their generations, which are complete now."""
+        """Take what the unfinished journals may not hold; return the generations that lost nothing by it.
+
+        The others stay as they are until `written`: a checkpoint that took them would remove files that hold, with
+        luck, what nobody else does.
+        """
         events = self._events or Generation(_ORDINAL)
-        unfinished = [each for each in self._tail.generations if each is not events and not each.sealed]
+        known = (events, *self._given_up)
+        unfinished = [each for each in self._tail.generations if each not in known and not each.sealed]
         for generation in reversed(unfinished):
-            self._kept += len(generation.ids) - generation.synced
+            moved = len(generation.ids) - generation.synced
+            self._kept += moved
             self._kept_bytes += memory_of(generation.frames[generation.synced :])
             self._tail.move_unsynced(generation, events)
+            if moved:
+                self._given_up.append(generation)
         if self._events is None:
             self._tail.generations.append(events)
             self._events = events
-        return unfinished
+        return [each for each in unfinished if each not in self._given_up]
 
     def show(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         """Make volatile events visible; past the bound the oldest of them go, and a reader is told of the gap."""
         events = self._events
         assert events is not None
         self._tail.show(events, ids, frames, owners)
-        excess = events.bytes - self._kept_bytes - self._volatile_bytes
+        kept = max(self._kept, self._copied)
+        excess = events.bytes - max(self._kept_bytes, self._copied_bytes) - self._volatile_bytes
         surplus = 0
         while excess > 0:
-            excess -= memory_of([events.frames[self._kept + surplus]])
+            excess -= memory_of([events.frames[kept + surplus]])
             surplus += 1
         if surplus:
-            self._tail.forget(events, self._kept, surplus)
+            self._tail.forget(events, kept, surplus)
 
     def copy(self) -> tuple[list[int], list[bytes]]:
-        """Return ids and frames as they are now, in order."""
+        """Return ids and frames as they are now, in order, to be written; `written` or `not_written` follows."""
         assert self._events is not None
+        self._copied, self._copied_bytes = len(self._events.ids), self._events.bytes
         return list(self._events.ids), list(self._events.frames)
 
-    def written(self, last_id: int, ordinal: int) -> None:
-        """Note that the events up to `last_id` are in a synced journal file; what came since is left."""
+    def not_written(self) -> None:
+        """Note that what was copied is in no file after all."""
+        self._copied = self._copied_bytes = 0
+
+    def written(self, last_id: int, ordinal: int) -> list[Generation]:
+        """Note that the events up to `last_id` are in a synced journal file; what came since is left.
+
+        Returns:
+            The generations whose files were given up, which are complete now.
+        """
         events = self._events
         assert events is not None
         self._kept = self._kept_bytes = 0
+        self.not_written()
         place = bisect_right(events.ids, last_id)
         rest = Generation(_ORDINAL)
         rest.ids, rest.frames, rest.owners = events.ids[place:], events.frames[place:], events.owners[place:]
@@ -92,3 +115,5 @@ class Unwritten:
         self._events = rest if rest.ids else None
         if rest.ids:
             self._tail.generations.append(rest)
+        given_up, self._given_up = self._given_up, []
+        return given_up
