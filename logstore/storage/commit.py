@@ -118,6 +118,7 @@ class GroupCommit:
         self._loop_runs: Callable[[], bool] = lambda: False
         self._thread = 0
         self._turn_s = 0.0
+        self._sync_due = False
         self._worker = Worker("logstore-journal")
         self._timers = Timers()
         self._pending = _Batch()
@@ -256,9 +257,10 @@ class GroupCommit:
         if self._busy or not self._pending.ids:
             return
         batch, self._pending = self._pending, _Batch()
-        self._give(lambda: self._commit(batch), lambda result: self._committed(batch, result))
+        sync, self._sync_due = self._sync_each or self._sync_due, False
+        self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
 
-    def _commit(self, batch: _Batch) -> int:
+    def _commit(self, batch: _Batch, sync: bool) -> int:
         """Write one batch, in the journal's thread, and return the ordinal of the file that has it."""
         lane = self._lane
         started = time.monotonic()
@@ -266,7 +268,7 @@ class GroupCommit:
             lane.rotate()
         lane.write(batch.frames, batch.ids[-1])
         assert lane.journal is not None
-        if self._sync_each:
+        if sync:
             lane.sync()
         lane.show()
         took_s = time.monotonic() - started
@@ -274,11 +276,11 @@ class GroupCommit:
             logger.warning("a commit to %s took %.1f s: the disk is slow", lane.journal.path, took_s)
         return lane.journal.header.number
 
-    def _committed(self, batch: _Batch, result: int | BaseException) -> None:
+    def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
         if isinstance(result, BaseException):
             self._fail(result, batch)
             return
-        self._show(self._current(result), batch.ids, batch.frames, batch.owners)
+        self._show(self._current(result), batch.ids, batch.frames, batch.owners, synced=synced)
         batch.release()
 
     def _current(self, ordinal: int) -> Generation:
@@ -294,12 +296,20 @@ class GroupCommit:
         generation.sealed = True
         self.on_sealed()
 
-    def _show(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
+    def _show(
+        self,
+        generation: Generation,
+        ids: list[int],
+        frames: list[bytes],
+        owners: list[StreamTail],
+        *,
+        synced: bool,
+    ) -> None:
         """Make events visible that the journal has."""
         self._tail.show(generation, ids, frames, owners)
         self.appended += len(ids)
         self.commits += 1
-        if self._sync_each:
+        if synced:
             generation.synced = len(generation.ids)
         elif self._options.durability == "interval":
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
@@ -317,6 +327,7 @@ class GroupCommit:
         now_s = time.monotonic()
         if now_s - self._turn_s > self._options.sync_interval_s:
             self._turn_s = now_s
+            self._sync_due = self._options.durability == "interval"
             return False
         file_bytes = self._options.journal_file_bytes
         return not self._busy and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
@@ -334,7 +345,7 @@ class GroupCommit:
             return
         lane.show()
         assert lane.journal is not None
-        self._show(self._tail.generation(lane.journal.header.number), ids, frames, owners)
+        self._show(self._tail.generation(lane.journal.header.number), ids, frames, owners, synced=False)
 
     def _start_sync(self) -> None:
         generations = self._tail.generations
