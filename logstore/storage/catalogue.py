@@ -446,6 +446,9 @@ class Catalogue:
                 self._reader, self._read_inode = reader, inode
             try:
                 return self._reader.execute(sql, arguments).fetchall()
+            except UnicodeEncodeError:
+                # Half of a surrogate pair: nothing of that name was ever stored.
+                return []
             except sqlite3.Error as error:
                 self.suspect |= is_damage(error)
                 raise

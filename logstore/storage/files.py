@@ -7,6 +7,7 @@ behind it that fails, or that forgets what was not synced.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sys
@@ -155,7 +156,7 @@ class Disk:
             folder.mkdir(mode=_FOLDER_MODE)
         except FileExistsError:
             if not folder.is_dir():
-                raise
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
         self.sync_folder(folder.parent)
 
     def list(self, folder: Path) -> list[str]:

@@ -245,7 +245,7 @@ class Log:
         parts = await self._ready()
         start = 0 if after is None else parse_event_id(after)
         if start is None:
-            raise UnknownEventError(f"{after!r} is not an event id")
+            raise UnknownEventError(f"{str(after)[:40]!r} is not an event id")
         owner = self._tail.streams.get(stream)
         own: list[bytes] = []
         lost = 0

@@ -25,6 +25,7 @@ from logstore.storage.tail import Generation, Tail
 logger = logging.getLogger("logstore")
 
 _WAIT_S: Final = 0.01
+_PROBE_BYTES: Final = 64 << 10
 _SQLITE_FILES: Final = ("", "-wal", "-shm")
 
 
@@ -66,8 +67,24 @@ class OpenStore:
                 if not is_damage(error):
                     raise
                 self._open_or_undo(mend=True)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
+        except sqlite3.Error as error:
+            raise WriteFailedError(f"the store {path} cannot be opened: {error}{self._cause()}") from error
+
+    def _cause(self) -> str:
+        """Return what the system answers to a write beside the catalogue: SQLite only says that it failed."""
+        probe = _beside(self._path, ".probe")
+        try:
+            fd = self._disk.create(probe)
+            try:
+                self._disk.write(fd, bytes(_PROBE_BYTES), 0)
+            finally:
+                self._disk.close(fd)
+                self._disk.unlink(probe)
+        except OSError as error:
+            return f" ({error})"
+        return ""
 
     def _open_or_undo(self, *, mend: bool) -> None:
         with contextlib.ExitStack() as undo:
@@ -81,6 +98,9 @@ class OpenStore:
         refuse_unsupported_place(self._path.parent)
         for folder in ("lanes", "segments"):
             disk.make_folder(root / folder)
+        # A process that died may have made them, and not synced.
+        for parent in (self._path.parent, root, root / "lanes"):
+            disk.sync_folder(parent)
         self._store_lock = self._share_store()
         undo.callback(self._store_lock.release)
         self.registry = Registry(disk, root)

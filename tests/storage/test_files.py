@@ -64,7 +64,7 @@ def test_each_new_folder_is_synced_in_its_parent(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         Disk().make_folder(tmp_path / "file")
 
 
