@@ -7,7 +7,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,7 +75,7 @@ async def in_segments(log: Log) -> None:
 
 
 @contextlib.asynccontextmanager
-async def deadline(seconds: float = DEADLINE_S) -> AsyncIterator[None]:
+async def deadline(seconds: float = DEADLINE_S) -> AsyncGenerator[None]:
     """Fail what hangs."""
     async with asyncio.timeout(seconds):
         yield
@@ -138,7 +138,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(script: str, *arguments: str | Path) -> Iterator[Process]:
+def process(script: str, *arguments: str | Path) -> Generator[Process]:
     """Run lines of Python in a process of their own, as long as the block lasts."""
     started = Process(script, *arguments)
     try:
