@@ -36,13 +36,14 @@ Message = JSONRPCMessage | dict[str, Any]
 MAX_DEPTH: Final = 200
 """Levels of nesting in a plain dict: the parser that the SDK's client uses stops there."""
 
+_ANSWERS: Final = (JSONRPCResponse, JSONRPCError)
 _MODELS: Final = (JSONRPCRequest, JSONRPCNotification, JSONRPCResponse, JSONRPCError)
 _JSON_TYPES: Final[frozenset[type]] = frozenset({dict, list, str, bool, int, float, type(None)})
 _STR_ONLY: Final[frozenset[type]] = frozenset({str})
 _LONGEST_KEY_SHOWN: Final = 40
 
 # Straight to bytes: `model_dump_json` makes a str of them first, and takes twice as long.
-_dump: Final = {model: TypeAdapter[JSONRPCMessage](model).dump_json for model in _MODELS}
+_dump: Final = {model: TypeAdapter[JSONRPCMessage](model).serializer.to_json for model in _MODELS}
 _encode_json = msgspec.json.Encoder().encode
 _decode_json = msgspec.json.Decoder().decode
 
@@ -71,7 +72,7 @@ def encode_substitute(message: Message | None, problem: InvalidMessageError) -> 
     Anything else becomes a priming event: the stream goes on without it.
     """
     reason = _printable(problem)
-    if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
+    if isinstance(message, _ANSWERS) and message.id is not None:
         logger.error("the response to request %r cannot be stored, an error takes its place: %s", message.id, reason)
         data = ErrorData(code=INTERNAL_ERROR, message=f"the result of this request cannot be sent as JSON: {reason}")
         return _encode_model(JSONRPCError(jsonrpc="2.0", id=message.id, error=data)), FLAG_MODEL | FLAG_FINAL
@@ -103,7 +104,7 @@ def _ends_stream(stream_id: str, message: JSONRPCMessage) -> bool:
 
     Other streams hold responses too, when somebody stores them there; they go on.
     """
-    if not isinstance(message, JSONRPCResponse | JSONRPCError) or message.id is None:
+    if not isinstance(message, _ANSWERS) or message.id is None:
         return False
     request_id = str(message.id)
     return stream_id == request_id or split_transport_prefix(stream_id)[1] == request_id
