@@ -123,6 +123,8 @@ class GroupCommit:
         self._timers = Timers()
         self._pending = _Batch()
         self._scheduled = False
+        # Whether the last commit was of one event: then it is not worth a turn of the loop to wait for others.
+        self._alone = False
         self._busy = False
         self._room = asyncio.Event()
         self._room.set()
@@ -240,7 +242,9 @@ class GroupCommit:
         """Return a future that is done when the batch is committed."""
         waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
         batch.waiters.append(waiter)
-        if not self._scheduled:
+        if self._alone and not self._busy:
+            self._dispatch()
+        elif not self._scheduled:
             self._schedule()
         return waiter
 
@@ -257,6 +261,7 @@ class GroupCommit:
         if self._busy or not self._pending.ids:
             return
         batch, self._pending = self._pending, _Batch()
+        self._alone = len(batch.waiters) == 1
         sync, self._sync_due = self._sync_each or self._sync_due, False
         self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
 
