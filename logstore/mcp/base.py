@@ -17,13 +17,20 @@ from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosed
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
 from logstore.mcp.scope import name_in_log
 from logstore.mcp.sdk import called_by_transport, is_transport_callback
-from logstore.storage import FLAG_FINAL, FLAG_PRIMING, Event, Health, StreamSummary
+from logstore.storage import (
+    FIRST_PAGE_EVENTS,
+    FLAG_FINAL,
+    FLAG_PRIMING,
+    Event,
+    Health,
+    StreamSummary,
+    next_page_events,
+)
 
 logger = logging.getLogger("logstore.mcp")
 
 EventCallback = Callable[[EventMessage], Awaitable[None]]
 
-_PAGE_EVENTS: Final = 1000
 _UNSCOPED: Final = (
     "this server hands its event store to all sessions as it is, so a resume could show the events of another "
     "session; serve it with logstore.mcp.resumable_http_app"
@@ -45,7 +52,7 @@ class EventLog(Protocol):
         """Return the stream of an event; None when the id is unknown or none of ours."""
         ...
 
-    async def read(self, stream: str, after: str | None = None, limit: int = _PAGE_EVENTS) -> list[Event]:
+    async def read(self, stream: str, after: str | None = None, limit: int = 1000) -> list[Event]:
         """Return events of a stream in order; none when nothing is after."""
         ...
 
@@ -229,13 +236,14 @@ async def replay(log: EventLog, stream: str, after: str, send_callback: EventCal
         GapError: Events after that one are gone.
         DamageError: Events after that one cannot be read.
     """
-    while events := await log.read(stream, after, _PAGE_EVENTS):
+    limit = FIRST_PAGE_EVENTS
+    while events := await log.read(stream, after, limit):
         for event in events:
             if not event.flags & FLAG_PRIMING:
                 await send_event(event, send_callback)
             if event.flags & FLAG_FINAL:
                 return
-        after = events[-1].event_id
+        after, limit = events[-1].event_id, next_page_events(events)
 
 
 async def send_event(event: Event, send_callback: EventCallback) -> None:

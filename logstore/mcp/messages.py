@@ -21,7 +21,6 @@ from mcp_types import (
     JSONRPCRequest,
     JSONRPCResponse,
 )
-
 from pydantic import TypeAdapter
 
 from logstore.errors import InvalidMessageError

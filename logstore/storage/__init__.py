@@ -3,11 +3,12 @@
 from logstore.storage.catalogue import StreamSummary
 from logstore.storage.log import Health, Log, LogStats
 from logstore.storage.options import Durability, LogOptions, WriteFailurePolicy
-from logstore.storage.record import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
+from logstore.storage.record import FIRST_PAGE_EVENTS, FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event, next_page_events
 from logstore.storage.registry import Session
 from logstore.storage.sessions import Sessions
 
 __all__ = [
+    "FIRST_PAGE_EVENTS",
     "FLAG_FINAL",
     "FLAG_MODEL",
     "FLAG_PRIMING",
@@ -21,4 +22,5 @@ __all__ = [
     "Sessions",
     "StreamSummary",
     "WriteFailurePolicy",
+    "next_page_events",
 ]

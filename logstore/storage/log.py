@@ -23,7 +23,7 @@ from logstore.storage.ids import parse_event_id
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import LogOptions
 from logstore.storage.reader import Reader, contiguous
-from logstore.storage.record import Event, decode_frame
+from logstore.storage.record import FIRST_PAGE_EVENTS, Event, decode_frame, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
@@ -272,14 +272,15 @@ class Log:
             GapError: As `read`.
         """
         parts = await self._ready()
+        limit = FIRST_PAGE_EVENTS
         with parts.followers.subscribed(stream) as wake:
             while not self._closed:
                 wake.clear()
-                events = await self.read(stream, after)
+                events = await self.read(stream, after, limit)
                 for event in events:
                     yield event
                 if events:
-                    after = events[-1].event_id
+                    after, limit = events[-1].event_id, next_page_events(events)
                 else:
                     await wake.wait()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import google_crc32c
@@ -83,6 +83,18 @@ def check_stream_name(name: str) -> None:
         raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
     if not name.isprintable() and any(unicodedata.category(character) in _UNSHOWABLE for character in name):
         raise InvalidStreamError(f"the stream name {name[:80]!r} holds a control character")
+
+
+FIRST_PAGE_EVENTS: Final = 16
+"""Events to read at once as long as their size is not known."""
+_PAGE_EVENTS: Final = 1_000
+_PAGE_BYTES: Final = 1 << 20
+
+
+def next_page_events(page: Sequence[Event]) -> int:
+    """Return how many events to read after a page of them: about a mebibyte, so that a slow reader holds no more."""
+    size = sum(len(event.payload) for event in page)
+    return max(1, min(_PAGE_EVENTS, _PAGE_BYTES * len(page) // max(1, size)))
 
 
 class _Stamp(msgspec.Struct, array_like=True, gc=False):

@@ -20,6 +20,7 @@ from logstore.storage.record import (
     encode_frame,
     frame_at,
     iter_frames,
+    next_page_events,
     salvage_frames,
 )
 
@@ -119,3 +120,13 @@ def test_a_frame_inside_the_payload_of_a_whole_one_is_payload() -> None:
     inner = encode_frame(event(1), SEED)
     outer = encode_frame(event(2, inner), SEED)
     assert list(salvage_frames(outer, SEED)) == [(0, outer)]
+
+
+def test_pages_hold_about_a_mebibyte_and_at_least_one_event() -> None:
+    def page(count: int, size: int) -> list[Event]:
+        return [Event(number, 0, 0, "stream", 0, bytes(size)) for number in range(1, count + 1)]
+
+    assert next_page_events(page(16, 700)) == 1000
+    assert next_page_events(page(16, 1 << 16)) == 16
+    assert next_page_events(page(4, 10 << 20)) == 1
+    assert next_page_events(page(3, 0)) == 1000
