@@ -202,7 +202,8 @@ async def test_another_store_that_closes_leaves_the_new_catalogue_alone(path: Pa
         assert wal.stat().st_ino == node
         await fill(log, 50, 150)
         before = await answers(log)
-    assert sqlite3.connect(path).execute("pragma integrity_check").fetchall() == [("ok",)]
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        assert other.execute("pragma integrity_check").fetchall() == [("ok",)]
     async with Log(path) as log:
         assert await answers(log) == before
 

@@ -180,10 +180,14 @@ def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Conn
         check_same_thread=False,
         timeout=_BUSY_TIMEOUT_S,
     )
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
-    if write:
-        # The checkpoint deletes journals on the word of a commit.
-        connection.execute("PRAGMA synchronous = FULL")
+    try:
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        if write:
+            # The checkpoint deletes journals on the word of a commit.
+            connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
