@@ -25,8 +25,8 @@ from logstore.errors import (
     WriteFailedError,
 )
 from logstore.storage import Log
-from logstore.storage.catalogue import SCHEMA_VERSION
 from logstore.storage.files import Disk
+from logstore.storage.schema import SCHEMA_VERSION
 from tests.engine import deadline, eventually, payloads, read_all, small
 
 BAD_STREAMS = [

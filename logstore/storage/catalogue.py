@@ -4,8 +4,7 @@ It is derived: journals, segments and the registry restore all of it. Only the h
 writes it, and only that holder moves SQLite's own write-ahead log into the database: SQLite up to 3.51.2 can corrupt
 a database when two connections do that and write at the same moment.
 
-The tables are made and migrated with sqlite-utils, so that `sqlite-utils tables events.db` or Datasette show something
-pleasant; the statements that insert a row an event are plain SQL.
+Its tables are in `schema`; the statements that insert a row an event are plain SQL.
 """
 
 from __future__ import annotations
@@ -20,92 +19,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-from sqlite_utils import Database, Migrations
-
 from logstore.errors import FormatVersionError, NotAStoreError
+from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION, migrate
 
-APPLICATION_ID: Final = 0x4C4F4753
-"""`LOGS`: marks the SQLite file as ours, see `PRAGMA application_id`."""
-SCHEMA_VERSION: Final = 1
 _WAL_BYTES: Final = 4 << 20
 _ROWS_A_STATEMENT: Final = 250
 _BUSY_TIMEOUT_S: Final = 10.0
-
-_migrations = Migrations("logstore")
-
-
-@_migrations(name="0001_tables")
-def _make_tables(db: Database) -> None:
-    db.table("streams").create(
-        {"stream_id": int, "name": str, "created_at": str}, pk="stream_id", not_null={"name"}
-    ).create_index(["name"], unique=True)
-    db.table("segments").create(
-        {
-            "segment_id": int,
-            "stream_id": int,
-            "file": str,
-            "bytes": int,
-            "events": int,
-            "first_id": int,
-            "last_id": int,
-            "sealed": int,
-            "sha256": str,
-            "created_at": str,
-        },
-        pk="segment_id",
-        foreign_keys=[("stream_id", "streams", "stream_id")],
-    )
-    db.table("events").create(
-        {"event_id": int, "stream_id": int, "segment_id": int, "offset": int, "length": int},
-        pk="event_id",
-        foreign_keys=[("stream_id", "streams", "stream_id"), ("segment_id", "segments", "segment_id")],
-    )
-    # Read by `last_id`; `first_id` in the key makes room for runs that overlap after a reindex. Without a rowid, which
-    # `create` cannot say, the table is its own index: half the work for each of many small streams.
-    db.execute(
-        """
-        CREATE TABLE extents (
-            stream_id INTEGER REFERENCES streams(stream_id),
-            first_id INTEGER,
-            last_id INTEGER,
-            segment_id INTEGER REFERENCES segments(segment_id),
-            offset INTEGER,
-            length INTEGER,
-            events INTEGER,
-            first_time_us INTEGER,
-            last_time_us INTEGER,
-            PRIMARY KEY (stream_id, last_id, first_id)
-        ) WITHOUT ROWID
-        """
-    )
-    db.table("journals").create({"lane": int, "ordinal": int}, pk=("lane", "ordinal"))
-    db.table("sessions").create(
-        {"session_hash": str, "incarnation": int, "opened_at": str, "ended_at": str}, pk="session_hash"
-    )
-    db.table("damage").create(
-        {"file": str, "offset": int, "length": int, "lost_events": int, "reason": str, "kept_in": str, "found_at": str},
-        pk=("file", "offset"),
-    )
-    db.create_view(
-        "stream_summary",
-        """
-        select streams.stream_id, streams.name, sum(extents.events) as events, sum(extents.length) as bytes,
-               min(extents.first_id) as first_id, max(extents.last_id) as last_id,
-               datetime(min(extents.first_time_us) / 1000000, 'unixepoch') as first_event,
-               datetime(max(extents.last_time_us) / 1000000, 'unixepoch') as last_event
-        from streams join extents using (stream_id) group by streams.stream_id
-        """,
-    )
-    db.create_view(
-        "segment_health",
-        """
-        select segments.segment_id, segments.file, segments.bytes, segments.events, segments.sealed,
-               coalesce(streams.name, '(pack)') as stream,
-               coalesce((select sum(length) from extents where extents.segment_id = segments.segment_id), 0)
-                   as live_bytes
-        from segments left join streams using (stream_id)
-        """,
-    )
 
 
 class EventRow(NamedTuple):
@@ -272,12 +191,7 @@ class Catalogue:
         with contextlib.ExitStack() as undo:
             writer = undo.enter_context(contextlib.closing(connect(self.path, write=True)))
             writer.execute("PRAGMA journal_mode = WAL")
-            database = Database(writer)
-            if _migrations.pending(database):
-                # Before the first table: a database with tables and without this is another program's.
-                writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                _migrations.apply(database)
-                writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            migrate(writer)
             reader = undo.enter_context(contextlib.closing(connect(self.path, write=False)))
             reader.execute("SELECT count(*) FROM sqlite_master").fetchall()
             undo.pop_all()

@@ -14,8 +14,6 @@ from sqlite_utils import Database
 
 from logstore.errors import FormatVersionError, NotAStoreError
 from logstore.storage.catalogue import (
-    APPLICATION_ID,
-    SCHEMA_VERSION,
     Catalogue,
     EventRow,
     Extent,
@@ -25,6 +23,7 @@ from logstore.storage.catalogue import (
     is_damage,
 )
 from logstore.storage.files import Disk
+from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION
 
 NOW_US = 1_790_000_000_000_000
 

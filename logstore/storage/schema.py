@@ -1,0 +1,101 @@
+"""The tables and views of the catalogue.
+
+Made and migrated with sqlite-utils, so that `sqlite-utils tables events.db` or Datasette show something pleasant.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from sqlite_utils import Database, Migrations
+
+APPLICATION_ID: Final = 0x4C4F4753
+"""`LOGS`: marks the SQLite file as ours, see `PRAGMA application_id`."""
+SCHEMA_VERSION: Final = 1
+
+_migrations = Migrations("logstore")
+
+
+@_migrations(name="0001_tables")
+def _make_tables(db: Database) -> None:
+    db.table("streams").create(
+        {"stream_id": int, "name": str, "created_at": str}, pk="stream_id", not_null={"name"}
+    ).create_index(["name"], unique=True)
+    db.table("segments").create(
+        {
+            "segment_id": int,
+            "stream_id": int,
+            "file": str,
+            "bytes": int,
+            "events": int,
+            "first_id": int,
+            "last_id": int,
+            "sealed": int,
+            "sha256": str,
+            "created_at": str,
+        },
+        pk="segment_id",
+        foreign_keys=[("stream_id", "streams", "stream_id")],
+    )
+    db.table("events").create(
+        {"event_id": int, "stream_id": int, "segment_id": int, "offset": int, "length": int},
+        pk="event_id",
+        foreign_keys=[("stream_id", "streams", "stream_id"), ("segment_id", "segments", "segment_id")],
+    )
+    # Read by `last_id`; `first_id` in the key makes room for runs that overlap after a reindex. Without a rowid, which
+    # `create` cannot say, the table is its own index: half the work for each of many small streams.
+    db.execute(
+        """
+        CREATE TABLE extents (
+            stream_id INTEGER REFERENCES streams(stream_id),
+            first_id INTEGER,
+            last_id INTEGER,
+            segment_id INTEGER REFERENCES segments(segment_id),
+            offset INTEGER,
+            length INTEGER,
+            events INTEGER,
+            first_time_us INTEGER,
+            last_time_us INTEGER,
+            PRIMARY KEY (stream_id, last_id, first_id)
+        ) WITHOUT ROWID
+        """
+    )
+    db.table("journals").create({"lane": int, "ordinal": int}, pk=("lane", "ordinal"))
+    db.table("sessions").create(
+        {"session_hash": str, "incarnation": int, "opened_at": str, "ended_at": str}, pk="session_hash"
+    )
+    db.table("damage").create(
+        {"file": str, "offset": int, "length": int, "lost_events": int, "reason": str, "kept_in": str, "found_at": str},
+        pk=("file", "offset"),
+    )
+    db.create_view(
+        "stream_summary",
+        """
+        select streams.stream_id, streams.name, sum(extents.events) as events, sum(extents.length) as bytes,
+               min(extents.first_id) as first_id, max(extents.last_id) as last_id,
+               datetime(min(extents.first_time_us) / 1000000, 'unixepoch') as first_event,
+               datetime(max(extents.last_time_us) / 1000000, 'unixepoch') as last_event
+        from streams join extents using (stream_id) group by streams.stream_id
+        """,
+    )
+    db.create_view(
+        "segment_health",
+        """
+        select segments.segment_id, segments.file, segments.bytes, segments.events, segments.sealed,
+               coalesce(streams.name, '(pack)') as stream,
+               coalesce((select sum(length) from extents where extents.segment_id = segments.segment_id), 0)
+                   as live_bytes
+        from segments left join streams using (stream_id)
+        """,
+    )
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring a database that is empty, or of an older release, to this schema."""
+    database = Database(connection)
+    if _migrations.pending(database):
+        # Before the first table: a database with tables and without this is another program's.
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        _migrations.apply(database)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
