@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -71,6 +72,50 @@ async def test_what_was_appended_is_read_back_now_and_after_reopening(path: Path
         await fill(log, 10, 300)
         for stream in STREAMS:
             assert (await payloads(log, stream))[:300] == stored[stream]
+
+
+async def test_a_catalogue_put_back_from_earlier_learns_what_it_does_not_know(path: Path) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 50)
+    shutil.copy(path, path.with_name("earlier"))
+    async with Log(path, small()) as log:
+        await fill(log, 50, 50)
+        before = await answers(log)
+    shutil.copy(path.with_name("earlier"), path)
+    async with Log(path) as log:
+        assert await answers(log) == before
+
+
+class FullDisk(Disk):
+    """A disk that takes no more bytes into journals once it is full; what it has stays readable."""
+
+    full = False
+
+    def write(self, fd: int, data: bytes, offset: int) -> None:
+        if self.full and data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(fd, data, offset)
+
+
+async def test_a_journal_that_is_given_up_stays_until_its_events_are_in_another(path: Path) -> None:
+    disk = FullDisk()
+    # Nothing is synced by time: all that the process has acknowledged is in the operating system's hands.
+    options = small(durability="interval", sync_interval_s=1000.0, checkpoint_interval_s=1000.0)
+    log = Log(path, options, disk)
+    for number in range(20):
+        await log.append("stream", b"%d" % number)
+    journals = set(path.parent.glob("events-log/lanes/*/*.journal"))
+    assert journals
+    disk.full = True
+    await log.append("stream", b"volatile")
+    assert log.health().status == "degraded"
+    # A copy is what a kill at this moment would leave.
+    shutil.copytree(path.parent, path.parent.with_name("killed"))
+    assert set(path.parent.glob("events-log/lanes/*/*.journal")) >= journals
+    disk.full = False
+    await log.close()
+    async with Log(path.parent.with_name("killed") / "events.db") as after:
+        assert (await payloads(after, "stream"))[:20] == [b"%d" % number for number in range(20)]
 
 
 @pytest.mark.parametrize("durability", MODES)
