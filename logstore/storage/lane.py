@@ -31,6 +31,7 @@ from logstore.storage.journal import PAGE_BYTES, JournalWriter
 
 _SUFFIX: Final = ".journal"
 _TEMPORARY: Final = ".tmp"
+_INCARNATION_AT: Final = 32
 _STATE_FIELDS: Final = struct.Struct("<QQQ")
 _CRC: Final = struct.Struct("<I")
 _STATE_SLOTS: Final = (0, PAGE_BYTES)
@@ -111,7 +112,12 @@ class Marks:
 
     def disown(self) -> None:
         """Say that nobody writes the lane any more; the caller holds its lock."""
-        self._words[4] = 0
+        fd = self._disk.open(self._path, write=True)
+        try:
+            # The page's first write may be this one, see `begin`; from here on it has a block.
+            self._disk.write(fd, bytes(8), _INCARNATION_AT)
+        finally:
+            self._disk.close(fd)
 
     def begin(self, incarnation: int) -> None:
         """Start a new incarnation of the lane: nothing is visible yet."""

@@ -25,6 +25,7 @@ from logstore.storage.tail import Generation, Tail
 logger = logging.getLogger("logstore")
 
 _WAIT_S: Final = 0.01
+_PATIENCE_S: Final = 30.0
 _PROBE_BYTES: Final = 64 << 10
 _SQLITE_FILES: Final = ("", "-wal", "-shm")
 
@@ -306,13 +307,21 @@ class OpenStore:
         return False
 
     def recover_lane_of(self, dead: int) -> None:
-        """Return when everything that a dead opening left is in segments, whoever brings it there."""
+        """Return when everything that a dead opening left is in segments, whoever brings it there.
+
+        Raises:
+            StoreLockedError: Somebody else has begun to recover it and does not get on.
+        """
         folder = self.root / "lanes" / f"{lane_of(dead):04d}"
+        patience = time.monotonic() + _PATIENCE_S
         while True:
             self.adopt_dead_lanes()
             # A later opening of the lane has recovered it before it wrote.
             if not journal_ordinals(self._disk, folder) or self._writer_of(folder) not in (0, dead):
                 return
+            if time.monotonic() > patience:
+                pids = lock_holders(folder / "lock")
+                raise StoreLockedError(f"{folder} is being recovered by process {pids}, which does not get on", pids)
             time.sleep(_WAIT_S)
 
     def _writer_of(self, folder: Path) -> int:

@@ -468,3 +468,14 @@ def test_the_boot_id_is_the_same_for_all_processes_since_the_start() -> None:
     assert len(boot_id()) == 16
     assert boot_id() == boot_id.__wrapped__()
     assert any(boot_id())
+
+
+def test_a_full_disk_is_an_error_and_no_signal_when_a_lane_is_disowned(acquired: Acquirer) -> None:
+    # A store into a mapped page without a block kills the process; a page that nobody has written yet is one.
+    disk = FaultyDisk()
+    lane = acquired(disk)
+    disk.fail(Fault("write", name="marks"))
+    with pytest.raises(OSError, match="Input/output error"):
+        lane.marks.disown()
+    lane.marks.disown()
+    assert lane.marks.incarnation == 0
