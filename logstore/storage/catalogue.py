@@ -49,6 +49,7 @@ class Extent(NamedTuple):
     events: int
     first_time_us: int
     last_time_us: int
+    last_flags: int
 
 
 class SegmentRow(NamedTuple):
@@ -63,6 +64,20 @@ class SegmentRow(NamedTuple):
     last_id: int
     sealed: bool
     sha256: str | None
+
+
+class StreamRuns(NamedTuple):
+    """Where a stream's events lie, at one moment.
+
+    Attributes:
+        extents: Runs that reach beyond the id asked for, in the order of their first ids.
+        dropped_id: Highest id that retention dropped; events up to there are gone, whatever a file still holds.
+        whole: Whether these are all of them, and not only as many as were asked for.
+    """
+
+    extents: list[Extent]
+    dropped_id: int
+    whole: bool
 
 
 class StreamSummary(NamedTuple):
@@ -110,8 +125,12 @@ def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Conn
     return connection
 
 
-def inspect_file(path: Path) -> str:
+def inspect_file(path: Path, *, look_only: bool = False) -> str:
     """Tell what stands at the path of the catalogue: `absent`, `ours` or `damaged`.
+
+    Args:
+        path: The catalogue.
+        look_only: Make no file beside it.
 
     Raises:
         NotAStoreError: A folder, or a database of another program.
@@ -121,8 +140,9 @@ def inspect_file(path: Path) -> str:
         raise NotAStoreError(f"{path} is a folder; give the path of the catalogue file, such as {path / 'events.db'}")
     if not path.exists() or path.stat().st_size == 0:
         return "absent"
+    at_rest = not _has_wal(path) if look_only else _is_not_ours(path)
     try:
-        with contextlib.closing(connect(path, write=False, immutable=_is_not_ours(path))) as connection:
+        with contextlib.closing(connect(path, write=False, immutable=at_rest)) as connection:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -142,6 +162,11 @@ def inspect_file(path: Path) -> str:
             f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore"
         )
     return "ours"
+
+
+def _has_wal(path: Path) -> bool:
+    """Whether somebody has the database open, or died with it: SQLite's write-ahead log is there."""
+    return path.with_name(f"{path.name}-wal").exists()
 
 
 def _is_not_ours(path: Path) -> bool:
@@ -176,6 +201,8 @@ class Catalogue:
         self._read_lock = threading.Lock()
         self._write_inode = 0
         self._read_inode = 0
+        # Whether the reader was opened on a database that nobody had open.
+        self._at_rest = False
         # Readers of a file that is gone from the path, closed after its writer: see `_close`.
         self._retired: list[sqlite3.Connection] = []
 
@@ -200,6 +227,25 @@ class Catalogue:
             self._writer, self._reader = writer, reader
             self._write_inode = self._read_inode = self.path.stat().st_ino
             self.suspect = False
+
+    def look(self) -> None:
+        """Open the database for reading alone; nothing on disk is changed, and no file made beside it.
+
+        Raises:
+            sqlite3.Error: The file is damaged or gone.
+        """
+        with self._read_lock:
+            self._reconnect()
+
+    def _reconnect(self) -> None:
+        # Asked before the file is opened: one that comes after it is seen by the next query.
+        self._read_inode = self._inode()
+        # SQLite makes `-wal` and `-shm` beside a database that it only reads, unless it is told that nobody writes it.
+        self._at_rest = self._writer is None and not _has_wal(self.path)
+        reader = connect(self.path, write=False, immutable=self._at_rest)
+        if self._reader is not None:
+            self._retired.append(self._reader)
+        self._reader = reader
 
     def close(self) -> None:
         """Close both connections; the caller holds the checkpoint lock, since SQLite may end its WAL here."""
@@ -266,7 +312,7 @@ class Catalogue:
     def add_streams(self, names: Sequence[str]) -> dict[str, int]:
         """Return the numbers of streams, adding those that are new."""
         now = iso_now()
-        self._insert("streams", ((None, name, now) for name in names), 3)
+        self._insert("streams (name, created_at)", ((name, now) for name in names), 2)
         numbers: dict[str, int] = {}
         rest = iter(names)
         while part := list(islice(rest, _ROWS_A_STATEMENT)):
@@ -291,14 +337,14 @@ class Catalogue:
 
     def add_extents(self, extents: Iterable[Extent]) -> None:
         """Add runs; one that is there already stays."""
-        self._insert("extents", extents, 9)
+        self._insert("extents", extents, 10)
 
     def put_segments(self, rows: Iterable[SegmentRow]) -> None:
         """Add segments, or say how they have grown."""
         now = iso_now()
         self._write.executemany(
             """
-            INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO UPDATE SET
+            INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (segment_id) DO UPDATE SET
             bytes = excluded.bytes, events = excluded.events, first_id = min(first_id, excluded.first_id),
             last_id = max(last_id, excluded.last_id), sealed = excluded.sealed, sha256 = excluded.sha256
             """,
@@ -336,12 +382,12 @@ class Catalogue:
             (file, offset, length, lost, reason, kept_in, iso_now()),
         )
 
-    def put_sessions(self, rows: Iterable[tuple[str, int, int, int | None]]) -> None:
-        """Copy sessions `(session_hash, incarnation, opened_us, ended_us)` from the registry."""
+    def put_sessions(self, rows: Iterable[tuple[str, int, int, int | None, str]]) -> None:
+        """Copy sessions `(session_hash, incarnation, opened_us, ended_us, stream_prefix)` from the registry."""
         self._write.executemany(
             """
             INSERT OR REPLACE INTO sessions
-            VALUES (?, ?, datetime(? / 1000000, 'unixepoch'), datetime(? / 1000000, 'unixepoch'))
+            VALUES (?, ?, datetime(? / 1000000, 'unixepoch'), datetime(? / 1000000, 'unixepoch'), ?)
             """,
             rows,
         )
@@ -357,19 +403,29 @@ class Catalogue:
             assert self._reader is not None, "the catalogue is not open"
             if self._inode() not in (0, self._read_inode):
                 # Another process made the index again.
-                # Asked before the file is opened: one that comes after it is seen by the next query.
-                inode = self._inode()
-                reader = connect(self.path, write=False)
-                self._retired.append(self._reader)
-                self._reader, self._read_inode = reader, inode
+                self._reconnect()
             try:
-                return self._reader.execute(sql, arguments).fetchall()
+                return self._fetch(sql, arguments)
             except UnicodeEncodeError:
                 # Half of a surrogate pair: nothing of that name was ever stored.
                 return []
             except sqlite3.Error as error:
                 self.suspect |= is_damage(error)
                 raise
+
+    def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Any]:
+        assert self._reader is not None
+        try:
+            rows = self._reader.execute(sql, arguments).fetchall()
+        except sqlite3.DatabaseError:
+            if not (self._at_rest and _has_wal(self.path)):
+                raise
+            rows = []
+        if self._at_rest and _has_wal(self.path):
+            # Somebody has opened it since, and may have written under our eyes: what was read does not count.
+            self._reconnect()
+            rows = self._reader.execute(sql, arguments).fetchall()
+        return rows
 
     def last_id(self) -> int:
         """Return the highest event id in the index, 0 when it is empty."""
@@ -380,18 +436,36 @@ class Catalogue:
         rows = self._query("SELECT name FROM events JOIN streams USING (stream_id) WHERE event_id = ?", (event_id,))
         return str(rows[0][0]) if rows else None
 
-    def extents(self, stream: str, after: int, limit: int, skip: int = 0) -> list[Extent]:
-        """Return runs of a stream that reach beyond the id `after`, in the order of their first ids."""
-        return [
-            Extent(*row)
-            for row in self._query(
-                """
-                SELECT extents.* FROM extents JOIN streams USING (stream_id)
-                WHERE streams.name = ? AND last_id > ? ORDER BY first_id LIMIT ? OFFSET ?
-                """,
-                (stream, after, limit, skip),
-            )
-        ]
+    def runs(self, stream: str, after: int, limit: int) -> StreamRuns:
+        """Return up to `limit` runs of a stream that reach beyond the id `after`."""
+        # One statement, so one moment: runs that are gathered into one between two would be seen in neither form.
+        rows = self._query(
+            """
+            SELECT streams.dropped_id, extents.* FROM streams
+            LEFT JOIN extents ON extents.stream_id = streams.stream_id AND last_id > ?
+            WHERE streams.name = ? ORDER BY first_id LIMIT ?
+            """,
+            (after, stream, limit),
+        )
+        extents = [Extent(*row[1:]) for row in rows if row[1] is not None]
+        return StreamRuns(extents, rows[0][0] if rows else 0, len(extents) < limit)
+
+    def newest_runs(self, stream: str, below: int, limit: int) -> list[Extent]:
+        """Return up to `limit` runs of a stream that end below an id, the newest first."""
+        rows = self._query(
+            """
+            SELECT extents.* FROM extents JOIN streams USING (stream_id)
+            WHERE streams.name = ? AND last_id < ? ORDER BY last_id DESC LIMIT ?
+            """,
+            (stream, below, limit),
+        )
+        return [Extent(*row) for row in rows]
+
+    def holds(self, extent: Extent) -> bool:
+        """Whether a run is still where it was."""
+        key = (extent.stream_id, extent.last_id, extent.first_id, extent.segment_id)
+        sql = "SELECT 1 FROM extents WHERE stream_id = ? AND last_id = ? AND first_id = ? AND segment_id = ?"
+        return bool(self._query(sql, key))
 
     def event(self, event_id: int) -> EventRow | None:
         """Return where an event lies."""
@@ -399,7 +473,7 @@ class Catalogue:
         return EventRow(*rows[0]) if rows else None
 
     def segment_sizes(self) -> dict[int, int]:
-        """Return the committed length in bytes of every segment."""
+        """Return the committed length in bytes of every segment, those included that are on their way out."""
         return dict(self._query("SELECT segment_id, bytes FROM segments"))
 
     def summaries(self) -> list[StreamSummary]:
@@ -417,7 +491,7 @@ class Catalogue:
         row = self._query(
             """
             SELECT (SELECT count(*) FROM streams), (SELECT coalesce(sum(events), 0) FROM extents),
-                   (SELECT coalesce(sum(bytes), 0) FROM segments)
+                   (SELECT coalesce(sum(bytes), 0) FROM segments WHERE dropped = 0)
             """
         )[0]
         return int(row[0]), int(row[1]), int(row[2])

@@ -23,7 +23,7 @@ from logstore.storage.files import Disk
 from logstore.storage.header import KIND_SEGMENT, FileHeader, new_salt
 from logstore.storage.ids import IdGenerator
 from logstore.storage.lane import journal_path
-from logstore.storage.record import frame_time_us
+from logstore.storage.record import decode_stamp
 from logstore.storage.segment import SegmentWriter
 from logstore.storage.tail import Run
 
@@ -102,6 +102,7 @@ class _Placed(NamedTuple):
 
     def extent(self, stream_id: int) -> Extent:
         ids, frames = self.run.ids, self.run.frames
+        last = decode_stamp(frames[-1])
         return Extent(
             stream_id=stream_id,
             first_id=ids[0],
@@ -110,8 +111,9 @@ class _Placed(NamedTuple):
             offset=self.offset,
             length=self.length,
             events=len(ids),
-            first_time_us=frame_time_us(frames[0]),
-            last_time_us=frame_time_us(frames[-1]),
+            first_time_us=decode_stamp(frames[0]).time_us,
+            last_time_us=last.time_us,
+            last_flags=last.flags,
         )
 
 

@@ -193,10 +193,14 @@ class Disk:
             raise
         self.sync_folder(path.parent)
 
-    def lock(self, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:
-        """Take the `flock` of a file that is never unlinked; None when another holds it and `wait` is false."""
+    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, create: bool = True) -> Lock | None:
+        """Take the `flock` of a file that is never unlinked; None when another holds it and `wait` is false.
+
+        Raises:
+            FileNotFoundError: There is no such file, and none may be made.
+        """
         # Noted before it is locked: a child that is forked while this thread waits must close it.
-        lock = Lock(self.open(path, create=True))
+        lock = Lock(self.open(path, create=create))
         try:
             fcntl.flock(lock.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

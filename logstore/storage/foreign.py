@@ -23,6 +23,8 @@ _COLLECTS: Final = 1_000
 """Tries at two equal looks at all marks; each look is microseconds, a commit hundreds of them."""
 
 
+_END_OF_FILE: Final = 0xFFFFFFFF
+"""An offset behind everything that a mark can name."""
 _MOST_GROWN: Final = 10_000
 """Most streams to remember as grown; past that all are said to have."""
 _CLOCK_TICK_NS: Final = 1_000_000_000
@@ -88,13 +90,22 @@ class _Journal:
 class _Lane:
     """Another process's lane."""
 
-    def __init__(self, disk: Disk, folder: Path) -> None:
+    def __init__(self, disk: Disk, folder: Path, *, look_only: bool) -> None:
         self._disk = disk
         self.folder = folder
-        self.marks = Marks(disk, folder)
+        self._look_only = look_only
+        self.marks = Marks(disk, folder, look_only=look_only)
         self.journals: dict[int, _Journal] = {}
         self.newest = 0
         self._skipped = False
+
+    @property
+    def visible(self) -> Place:
+        """Up to where the lane may be read."""
+        if self._look_only and not self.marks.valid:
+            # Nobody has recovered it since the machine was restarted, nor will who only looks: what is whole counts.
+            return Place(max(self.journals, default=0), _END_OF_FILE)
+        return self.marks.visible
 
     def pin(self) -> set[str]:
         """Open the journals that are there, so that they can be read even when a checkpoint removes them.
@@ -148,13 +159,13 @@ class Foreign:
     Args:
         disk: The file door.
         root: The log folder.
-        own: Number of the lane that this process writes.
+        own: Number of the lane that this process writes, None when it only looks and changes nothing.
 
     Attributes:
         moves_seen: What `moves` last returned.
     """
 
-    def __init__(self, disk: Disk, root: Path, own: int) -> None:
+    def __init__(self, disk: Disk, root: Path, own: int | None) -> None:
         self._disk = disk
         self._root = root
         self._folder = root / "lanes"
@@ -178,14 +189,23 @@ class Foreign:
     def _all(self) -> list[_Lane]:
         """Return all other lanes, those included that were added since the last look."""
         with self._mutex:
-            changed = self._folder.stat().st_mtime_ns
+            changed = self._folder.stat().st_mtime_ns if self._own is not None or self._folder.exists() else 0
             if changed != self._folder_time:
                 # A folder made within the clock's tick of the last change leaves the same time behind.
                 self._folder_time = changed if time.time_ns() - changed > _CLOCK_TICK_NS else -1
                 for number, folder in lane_folders(self._disk, self._root):
                     if number != self._own and number not in self._lanes:
-                        self._lanes[number] = _Lane(self._disk, folder)
+                        self._add(number, folder)
             return list(self._lanes.values())
+
+    def _add(self, number: int, folder: Path) -> None:
+        try:
+            self._lanes[number] = _Lane(self._disk, folder, look_only=self._own is None)
+        except FileNotFoundError:
+            if self._own is not None:
+                raise
+            # Only being made by somebody else: look again.
+            self._folder_time = -1
 
     def news(self) -> tuple[set[str], bool]:
         """Return the streams that grew since the last call, and whether others may have grown too.
@@ -207,9 +227,9 @@ class Foreign:
         grown: set[str] = set()
         for lane in lanes:
             grown |= lane.pin()
-        seen = [lane.marks.visible for lane in lanes]
+        seen = [lane.visible for lane in lanes]
         for _ in range(_COLLECTS):
-            again = [lane.marks.visible for lane in lanes]
+            again = [lane.visible for lane in lanes]
             if again == seen:
                 break
             seen = again
@@ -232,6 +252,15 @@ class Foreign:
             for journal in lane.journals.values()
             for frame in journal.frames(stream, after, limit)
         ]
+
+    def ids_by_stream(self) -> dict[str, list[int]]:
+        """Return the ids of all events, ascending, by stream, as far as `read_on` has read."""
+        found: dict[str, list[int]] = {}
+        for lane in list(self._lanes.values()):
+            for journal in lane.journals.values():
+                for stream, spots in journal.streams.items():
+                    found.setdefault(stream, []).extend(spot.event_id for spot in spots)
+        return {stream: sorted(ids) for stream, ids in found.items()}
 
     def stream_of(self, event_id: int) -> str | None:
         """Return the stream of an event, as far as `read_on` has read."""

@@ -13,6 +13,7 @@ The lock is the only sign of life: the kernel releases it with the process, ther
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import mmap
 import struct
@@ -70,16 +71,26 @@ class Marks:
     | 8 | 8 | durable: on disk up to here |
     | 16 | 16 | boot id of the machine when the lane was opened: `visible` is void after a restart of the machine |
     | 32 | 8 | incarnation that writes, or wrote last |
+
+    Args:
+        disk: The file door.
+        folder: Of the lane.
+        look_only: Change nothing, and make no file where there is none.
+
+    Raises:
+        FileNotFoundError: There is none, and nothing may be changed.
     """
 
-    def __init__(self, disk: Disk, folder: Path) -> None:
+    def __init__(self, disk: Disk, folder: Path, *, look_only: bool = False) -> None:
         self._disk = disk
         self._path = folder / "marks"
-        fd = disk.open(self._path, create=True)
+        fd = disk.open(self._path, create=not look_only)
         try:
             # Several processes may do this at once, so nothing is written.
+            if look_only and disk.size(fd) < PAGE_BYTES:
+                raise FileNotFoundError(errno.ENOENT, "only being made", str(self._path))
             disk.extend(fd, PAGE_BYTES)
-            self._map = mmap.mmap(fd, PAGE_BYTES)
+            self._map = mmap.mmap(fd, PAGE_BYTES, access=mmap.ACCESS_READ if look_only else mmap.ACCESS_WRITE)
         finally:
             disk.close(fd)
         # A cast view stores a word in one instruction; struct's "<Q" writes it byte by byte.

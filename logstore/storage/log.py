@@ -357,7 +357,7 @@ class _Parts:
         seed = frame_seed(store.store_id)
         self.store = store
         self.foreign = foreign = Foreign(disk, store.root, store.lane.number)
-        self.reader = Reader(disk, store.root, store.catalogue, foreign, seed)
+        self.reader = Reader(disk, store.root, store.catalogue, foreign, seed, options.retention)
         # One thread reads: its journals of other lanes need no lock, and reads of one stream cannot overtake.
         self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="logstore-read")
         self.followers = Followers(foreign, self._read_thread)

@@ -17,6 +17,24 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class Retention:
+    """What is kept; None keeps everything.
+
+    Attributes:
+        max_age_s: Age at which events go, answered or not.
+        max_events: Events of a stream that are kept.
+        max_bytes: Bytes of segments that are kept.
+        resume_window_s: Younger events stay whatever `max_events` and `max_bytes` say, and so does the stream of a
+            request without its answer: a thousand progress notifications must not cost a client its result.
+    """
+
+    max_age_s: float | None = None
+    max_events: int | None = None
+    max_bytes: int | None = None
+    resume_window_s: float = 600.0
+
+
+@dataclass(frozen=True)
 class LogOptions:
     """Settings of one open log.
 
@@ -31,6 +49,7 @@ class LogOptions:
         journal_bytes: Most journal bytes not yet in segments; past it appends wait.
         checkpoint_interval_s: Age at which journalled events go to segments.
         segment_bytes: Size at which a segment is sealed.
+        retention: What is kept. Reads show at once no more than its `max_events`; the disk is another's work.
     """
 
     durability: Durability = "always"
@@ -43,6 +62,7 @@ class LogOptions:
     journal_bytes: int = 64 * MIB
     checkpoint_interval_s: float = 2.0
     segment_bytes: int = 8 * MIB
+    retention: Retention = Retention()
 
     @property
     def unsegmented_bytes(self) -> int:

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from logstore.errors import DamageError, GapError
-from logstore.storage.catalogue import Catalogue, Extent
+from logstore.storage.catalogue import Catalogue, Extent, StreamRuns
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign
-from logstore.storage.record import FRAME_HEADER, Event, decode_frame, frame_at, iter_frames
+from logstore.storage.ids import MAX_ID
+from logstore.storage.options import Retention
+from logstore.storage.record import (
+    FLAG_FINAL,
+    FLAG_REQUEST,
+    FRAME_HEADER,
+    Event,
+    decode_frame,
+    frame_at,
+    iter_frames,
+)
 from logstore.storage.segment import segment_path
 
 logger = logging.getLogger("logstore")
@@ -35,6 +45,22 @@ class _Hole(NamedTuple):
     reason: str
 
 
+class _Found(NamedTuple):
+    """What segments hold of a stream after an id.
+
+    Attributes:
+        events: By id.
+        above: Events up to this id were dropped.
+        below: Only events below this id are known whole.
+        hole: What cannot be read.
+    """
+
+    events: dict[int, Event]
+    above: int
+    below: int
+    hole: _Hole | None = None
+
+
 class Reader:
     """Reads what is on disk; used by one thread at a time.
 
@@ -44,14 +70,18 @@ class Reader:
         catalogue: The index.
         foreign: The other lanes.
         seed: Start value of the frames' checksums.
+        retention: What reads may show.
     """
 
-    def __init__(self, disk: Disk, root: Path, catalogue: Catalogue, foreign: Foreign, seed: int) -> None:
+    def __init__(
+        self, disk: Disk, root: Path, catalogue: Catalogue, foreign: Foreign, seed: int, retention: Retention
+    ) -> None:
         self._disk = disk
         self._root = root
         self._catalogue = catalogue
         self._foreign = foreign
         self._seed = seed
+        self._retention = retention
 
     def stream_of(self, event_id: int) -> str | None:
         """Return the stream of an event that is not in the own tail."""
@@ -74,11 +104,14 @@ class Reader:
         self._foreign.read_on()
         events = {event.id: event for event in map(decode_frame, own)}
         events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after, limit)))
-        found, hole = self._in_segments(stream, after, limit)
-        events.update(found)
-        merged = [events[event_id] for event_id in sorted(events)]
-        if hole is not None:
+        found = self._in_segments(stream, after, limit)
+        while found is None:
+            found = self._in_segments(stream, after, limit)
+        events.update(found.events)
+        merged = [events[event_id] for event_id in sorted(events) if found.above < event_id < found.below]
+        if found.hole is not None:
             # An event that a segment has lost may still be in memory; the chain of predecessors tells.
+            hole = found.hole
             known = [event for event in merged if event.id > hole.after]
             if not known or known[0].prev != hole.after:
                 merged = [event for event in merged if event.id <= hole.after]
@@ -86,29 +119,69 @@ class Reader:
                     raise GapError(stream, str(after), hole.reason)
         return merged[:limit]
 
-    def _in_segments(self, stream: str, after: int, limit: int) -> tuple[dict[int, Event], _Hole | None]:
-        """Return the first events above an id that the catalogue knows, up to the first that cannot be read."""
+    def _in_segments(self, stream: str, after: int, limit: int) -> _Found | None:
+        """Return the first events above an id that the catalogue knows, up to the first that cannot be read.
+
+        None when compaction has moved some of them since the catalogue was asked: then ask again.
+        """
+        asked = _EXTENTS
+        while True:
+            runs = self._asked(self._catalogue.runs, stream, after, asked)
+            dropped = max(runs.dropped_id, self._beyond_limit(stream, runs))
+            if 0 < after < dropped:
+                raise GapError(stream, str(after), f"retention has dropped what came before event {dropped}")
+            # What comes behind the last run that was asked for is not known.
+            below = MAX_ID if runs.whole else runs.extents[-1].first_id
+            found = self._events(runs.extents, stream, max(after, dropped), limit, below)
+            if found is None or found.events or found.hole or runs.whole:
+                return found
+            asked *= 4
+
+    def _events(self, extents: Sequence[Extent], stream: str, after: int, limit: int, below: int) -> _Found | None:
         events: dict[int, Event] = {}
-        for extent in self._extents(stream, after):
+        for extent in extents:
+            if extent.last_id <= after:
+                continue
             # Runs may overlap after a reindex: this one's events may belong before some that were found.
             if len(events) >= limit and extent.first_id > sorted(events)[limit - 1]:
                 break
             found, whole = self._extent(extent, stream, after, limit)
-            events.update((event.id, event) for event in found)
+            events.update((event.id, event) for event in found if event.id < below)
             if not whole:
+                if not self._asked(self._catalogue.holds, extent):
+                    return None
                 before = max((each for each in events if each < extent.first_id), default=after)
                 last = found[-1].id if found else before
                 path = segment_path(self._root, extent.segment_id)
                 logger.error("%s: events of stream %r after %d cannot be read", path, stream, last)
-                return events, _Hole(last, f"{path} is damaged")
-        return events, None
+                return _Found(events, after, below, _Hole(last, f"{path} is damaged"))
+        return _Found(events, after, below)
 
-    def _extents(self, stream: str, after: int) -> Iterator[Extent]:
-        for skip in count(0, _EXTENTS):
-            extents = self._asked(self._catalogue.extents, stream, after, _EXTENTS, skip)
+    def _beyond_limit(self, stream: str, runs: StreamRuns) -> int:
+        """Return the highest id of a stream that is one too many, 0 for none; the disk may have it for a while yet."""
+        kept = self._retention.max_events
+        young_us = time.time_ns() // 1000 - int(self._retention.resume_window_s * 1_000_000)
+        if kept is None or not runs.extents or runs.extents[0].first_time_us >= young_us:
+            return 0
+        total = 0
+        for place, extent in enumerate(self._newest_first(stream)):
+            if place == 0 and extent.last_flags & (FLAG_REQUEST | FLAG_FINAL) == FLAG_REQUEST:
+                # A request that waits for its answer.
+                return 0
+            total += extent.events
+            surplus = min(total - kept, extent.events)
+            if surplus == extent.events and extent.last_time_us < young_us:
+                return extent.last_id
+            if surplus > 0 and extent.last_time_us < young_us:
+                found, _ = self._extent(extent, stream, 0, surplus)
+                return found[surplus - 1].id if len(found) >= surplus else 0
+        return 0
+
+    def _newest_first(self, stream: str) -> Iterator[Extent]:
+        below = MAX_ID
+        while extents := self._asked(self._catalogue.newest_runs, stream, below, _EXTENTS):
             yield from extents
-            if len(extents) < _EXTENTS:
-                return
+            below = extents[-1].last_id
 
     def _extent(self, extent: Extent, stream: str, after: int, limit: int) -> tuple[list[Event], bool]:
         """Return an extent's first events above an id, and whether none is missing up to the last of them."""

@@ -30,6 +30,10 @@ FLAG_MODEL: Final = 2
 """The payload is the wire JSON of an SDK model; without it, of a plain dict."""
 FLAG_FINAL: Final = 4
 """The response that ends a request's stream."""
+FLAG_REQUEST: Final = 8
+"""The stream is that of a request: it ends with a response, and retention by size waits for that."""
+FLAG_IMPORTED: Final = 16
+"""The payload begins with a msgpack array `[source, source_id]`: where the event was imported from."""
 
 FRAME_HEADER: Final = struct.Struct("<II")
 _BODY_START: Final = b"\x96"
@@ -97,17 +101,19 @@ def next_page_events(page: Sequence[Event]) -> int:
     return max(1, min(_PAGE_EVENTS, _PAGE_BYTES * len(page) // max(1, size)))
 
 
-class _Stamp(msgspec.Struct, array_like=True, gc=False):
-    """The first fields of an event; the decoder skips the rest."""
+class Stamp(msgspec.Struct, array_like=True, gc=False):
+    """An event without its payload, which the decoder skips; the fields are those of `Event`."""
 
     id: int
     prev: int
     time_us: int
+    stream: str
+    flags: int
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Event)
-_stamp_decoder = msgspec.msgpack.Decoder(_Stamp)
+_stamp_decoder = msgspec.msgpack.Decoder(Stamp)
 
 _pack_header = FRAME_HEADER.pack
 _extend = google_crc32c.extend
@@ -130,9 +136,9 @@ def decode_frame(frame: bytes) -> Event:
     return _decoder.decode(memoryview(frame)[FRAME_HEADER.size :])
 
 
-def frame_time_us(frame: bytes) -> int:
-    """Return the time of a frame's event, without the rest of it."""
-    return _stamp_decoder.decode(memoryview(frame)[FRAME_HEADER.size :]).time_us
+def decode_stamp(frame: bytes) -> Stamp:
+    """Return the event of a verified frame without its payload."""
+    return _stamp_decoder.decode(memoryview(frame)[FRAME_HEADER.size :])
 
 
 def frame_at(data: bytes, offset: int, seed: int) -> bytes | None:

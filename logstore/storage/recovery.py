@@ -269,4 +269,5 @@ def _extent(run: list[_Found], stream_id: int, number: int) -> Extent:
         events=len(run),
         first_time_us=first.event.time_us,
         last_time_us=last.event.time_us,
+        last_flags=last.event.flags,
     )

@@ -6,7 +6,7 @@
 | --- | --- | --- |
 | 0 | 4 | length of the body in bytes, u32 little endian |
 | 4 | 4 | CRC-32C of the body, started from the file's salt |
-| 8 | length | body: msgpack array `[kind, key, incarnation, time_us, data]` |
+| 8 | length | body: msgpack array `[kind, key, incarnation, time_us, data, stream_prefix]` |
 
 Every process reads it as it grows; an append happens under `registry.lock`, after a look at what others appended, and
 is on disk when it returns. When most entries are outdated the file is written anew and put in its place.
@@ -47,12 +47,14 @@ class Session(NamedTuple):
         incarnation: The opening of the store that owns it.
         opened_us: When it was opened, microseconds since 1970.
         data: What its opener wants to find again.
+        stream_prefix: What the names of its streams begin with, empty when they cannot be told by that.
     """
 
     key: str
     incarnation: int
     opened_us: int
     data: bytes
+    stream_prefix: str = ""
 
 
 class SessionChange(NamedTuple):
@@ -62,6 +64,7 @@ class SessionChange(NamedTuple):
     incarnation: int
     opened_us: int
     ended_us: int | None
+    stream_prefix: str = ""
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):
@@ -70,6 +73,7 @@ class _Entry(msgspec.Struct, array_like=True, frozen=True):
     incarnation: int
     time_us: int
     data: bytes
+    stream_prefix: str = ""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -152,15 +156,15 @@ class Registry:
             self._catch_up()
             return list(self._sessions.values())
 
-    def open_session(self, key: str, incarnation: int, now_us: int, data: bytes) -> Session:
+    def open_session(self, key: str, incarnation: int, now_us: int, data: bytes, stream_prefix: str = "") -> Session:
         """Add a session; on return it is on disk.
 
         Raises:
             ValueError: Key and data together are larger than 1 MiB.
             OSError: The disk refused.
         """
-        self._append(_Entry(_OPENED, key, incarnation, now_us, data))
-        return Session(key, incarnation, now_us, data)
+        self._append(_Entry(_OPENED, key, incarnation, now_us, data, stream_prefix))
+        return Session(key, incarnation, now_us, data, stream_prefix)
 
     def end_session(self, key: str, incarnation: int, now_us: int) -> None:
         """End a session; on return that is on disk."""
@@ -211,7 +215,8 @@ class Registry:
         header = FileHeader(kind=KIND_REGISTRY, store_id=self._header.store_id, salt=new_salt())
         seed = _seed(header)
         entries = [
-            _Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data) for each in self._sessions.values()
+            _Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data, each.stream_prefix)
+            for each in self._sessions.values()
         ]
         self._disk.publish(self._path, header.encode() + b"".join(_encode(entry, seed) for entry in entries))
         self._reopen()
@@ -269,7 +274,7 @@ class Registry:
     def _apply(self, entry: _Entry) -> None:
         self._entries += 1
         if entry.kind == _OPENED:
-            session = Session(entry.key, entry.incarnation, entry.time_us, entry.data)
+            session = Session(entry.key, entry.incarnation, entry.time_us, entry.data, entry.stream_prefix)
         else:
             found = self._sessions.get(entry.key)
             if found is None:
@@ -280,13 +285,15 @@ class Registry:
             self._sessions[entry.key] = session
         else:
             del self._sessions[entry.key]
-        self._changed[entry.key] = SessionChange(entry.key, session.incarnation, session.opened_us, ended)
+        self._changed[entry.key] = SessionChange(
+            entry.key, session.incarnation, session.opened_us, ended, session.stream_prefix
+        )
 
     def all_changed(self) -> None:
         """Let the next call of `changes` return every session that has not ended."""
         with self._mutex:
             for session in self._sessions.values():
-                change = SessionChange(session.key, session.incarnation, session.opened_us, None)
+                change = SessionChange(session.key, session.incarnation, session.opened_us, None, session.stream_prefix)
                 self._changed.setdefault(session.key, change)
 
     def changes(self) -> list[SessionChange]:

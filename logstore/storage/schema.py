@@ -12,7 +12,7 @@ from sqlite_utils import Database, Migrations
 
 APPLICATION_ID: Final = 0x4C4F4753
 """`LOGS`: marks the SQLite file as ours, see `PRAGMA application_id`."""
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _migrations = Migrations("logstore")
 
@@ -89,6 +89,18 @@ def _make_tables(db: Database) -> None:
         from segments left join streams using (stream_id)
         """,
     )
+
+
+@_migrations(name="0002_operating")
+def _add_operating(db: Database) -> None:
+    db.table("streams").add_column("dropped_id", int, not_null_default=0).add_column("dropped_at", str)
+    db.table("extents").add_column("last_flags", int, not_null_default=0)
+    db.table("segments").add_column("dropped", int, not_null_default=0)
+    db.table("sessions").add_column("stream_prefix", str, not_null_default="")
+    db.table("maintenance").create(
+        {"task": str, "pid": int, "started_at": str, "finished_at": str, "summary": str}, pk="task"
+    )
+    db.table("imports").create({"source": str, "source_id": str, "event_id": int}, pk=("source", "source_id"))
 
 
 def migrate(connection: sqlite3.Connection) -> None:

@@ -21,16 +21,19 @@ class Sessions:
     def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]]) -> None:
         self._ready = ready
 
-    async def open(self, key: str, data: bytes) -> Session:
+    async def open(self, key: str, data: bytes, stream_prefix: str = "") -> Session:
         """Add a session that this process serves; on return it is on disk.
 
         Args:
             key: A hash that it is found by; the catalogue shows it.
             data: What to find again.
+            stream_prefix: What the names of its streams, and of no others, begin with: when the session has ended,
+                retention drops them.
         """
         store, _ = await self._ready()
         now_us = time.time_ns() // 1000
-        return await asyncio.to_thread(store.registry.open_session, key, store.lane.incarnation, now_us, data)
+        incarnation = store.lane.incarnation
+        return await asyncio.to_thread(store.registry.open_session, key, incarnation, now_us, data, stream_prefix)
 
     async def find(self, key: str) -> Session | None:
         """Return a session that has not ended."""

@@ -18,6 +18,7 @@ from logstore.storage.catalogue import (
     EventRow,
     Extent,
     SegmentRow,
+    StreamRuns,
     connect,
     inspect_file,
     is_damage,
@@ -64,6 +65,7 @@ def extent(stream_id: int, first_id: int, last_id: int, segment_id: int = 1) -> 
         events=3,
         first_time_us=NOW_US,
         last_time_us=NOW_US + 5_000_000,
+        last_flags=0,
     )
 
 
@@ -97,7 +99,17 @@ def test_the_tables_are_named_plainly_and_joined_by_foreign_keys(catalogue: Cata
     with closing(sqlite3.connect(path)) as connection:
         database = Database(connection)
         tables = {name for name in database.table_names() if not name.startswith(("sqlite_", "_sqlite_"))}
-        assert tables == {"streams", "segments", "events", "extents", "journals", "sessions", "damage"}
+        assert tables == {
+            "streams",
+            "segments",
+            "events",
+            "extents",
+            "journals",
+            "sessions",
+            "damage",
+            "maintenance",
+            "imports",
+        }
         assert set(database.view_names()) == {"stream_summary", "segment_health"}
         assert database.table("events").columns_dict == dict.fromkeys(
             ("event_id", "stream_id", "segment_id", "offset", "length"), int
@@ -245,14 +257,14 @@ def test_journals_are_noted_and_forgotten_by_lane(catalogue: Catalogue) -> None:
 
 def test_sessions_and_damage_are_shown(catalogue: Catalogue, path: Path) -> None:
     with catalogue.transaction():
-        catalogue.put_sessions([("hash", 1, NOW_US, None)])
-        catalogue.put_sessions([("hash", 2, NOW_US, NOW_US + 1_000_000)])
+        catalogue.put_sessions([("hash", 1, NOW_US, None, "a/")])
+        catalogue.put_sessions([("hash", 2, NOW_US, NOW_US + 1_000_000, "a/")])
         catalogue.add_damage("lanes/0000/1.journal", 4096, 100, None, "why", "damaged/x")
         catalogue.add_damage("lanes/0000/1.journal", 4096, 100, 7, "why", "damaged/x")
     with closing(sqlite3.connect(path)) as connection:
         sessions = connection.execute("select * from sessions").fetchall()
         damage = connection.execute("select file, offset, length, lost_events, reason, kept_in from damage").fetchall()
-    assert sessions == [("hash", 2, "2026-09-21 14:13:20", "2026-09-21 14:13:21")]
+    assert sessions == [("hash", 2, "2026-09-21 14:13:20", "2026-09-21 14:13:21", "a/")]
     assert damage == [("lanes/0000/1.journal", 4096, 100, 7, "why", "damaged/x")]
 
 
@@ -271,11 +283,13 @@ def test_the_runs_that_reach_beyond_an_id_come_in_order_also_when_they_overlap(
         catalogue.add_extents(extent(streams["a"], *run) for run in reversed(RUNS))
         catalogue.add_extents([extent(streams["other"], 1, 100)])
     expected = [run for run in RUNS if run[1] > after]
-    found = [(each.first_id, each.last_id) for each in catalogue.extents("a", after, 100)]
+    found = [(each.first_id, each.last_id) for each in catalogue.runs("a", after, 100).extents]
     assert sorted(found) == sorted(expected)
     assert [first for first, _ in found] == sorted(first for first, _ in found)
-    assert len(catalogue.extents("a", after, 2)) == min(2, len(expected))
-    assert catalogue.extents("nobody", after, 100) == []
+    first_two = catalogue.runs("a", after, 2)
+    assert len(first_two.extents) == min(2, len(expected))
+    assert first_two.whole == (len(expected) < 2)
+    assert catalogue.runs("nobody", after, 100) == StreamRuns([], 0, True)
 
 
 def test_reading_a_stream_walks_an_index(catalogue: Catalogue, path: Path) -> None:

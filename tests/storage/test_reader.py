@@ -14,6 +14,7 @@ from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import IdGenerator
+from logstore.storage.options import Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import Event, encode_frame
 from logstore.storage.tail import Run
@@ -85,7 +86,7 @@ class Shelf:
             segment_bytes=1 << 20,
         )
         self._foreign = Foreign(disk, root, 0)
-        self._reader = Reader(disk, root, self.catalogue, self._foreign, SEED)
+        self._reader = Reader(disk, root, self.catalogue, self._foreign, SEED, Retention())
 
     def store(self, **streams: list[int]) -> None:
         """Checkpoint events with these ids, the streams of one call together."""

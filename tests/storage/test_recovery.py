@@ -17,6 +17,7 @@ from logstore.storage.header import frame_seed
 from logstore.storage.ids import IdGenerator
 from logstore.storage.journal import PAGE_BYTES
 from logstore.storage.lane import Lane, journal_ordinals, journal_path
+from logstore.storage.options import Retention
 from logstore.storage.reader import Reader
 from logstore.storage.record import Event, encode_frame
 from logstore.storage.recovery import adopt_lane
@@ -73,7 +74,7 @@ class DeadLane:
     def events(self) -> list[int]:
         foreign = Foreign(Disk(), self.root, self.lane.number)
         try:
-            reader = Reader(Disk(), self.root, self.catalogue, foreign, SEED)
+            reader = Reader(Disk(), self.root, self.catalogue, foreign, SEED, Retention())
             return [event.id for event in reader.read("s", 0, 10_000, [])]
         finally:
             foreign.close()

@@ -1,0 +1,1 @@
+"""Operating a store: retention and compaction, backup and restore, verify and repair, export and import."""
