@@ -19,6 +19,7 @@ from logstore.storage.ids import IdGenerator, lane_of
 from logstore.storage.lane import Lane, Marks, journal_ordinals, lane_folders, read_reservation
 from logstore.storage.recovery import adopt_lane, reindex
 from logstore.storage.registry import Registry
+from logstore.storage.replacement import claim_store, finish_replacing, is_replacing, remove_waste
 from logstore.storage.segment import segment_numbers, segment_path
 from logstore.storage.tail import Generation, Tail
 
@@ -97,13 +98,14 @@ class OpenStore:
         self._refuse_foreign_file()
         disk.make_folder(self._path.parent)
         refuse_unsupported_place(self._path.parent)
+        disk.make_folder(root)
+        self._store_lock = self._share_store()
+        undo.callback(self._store_lock.release)
         for folder in ("lanes", "segments"):
             disk.make_folder(root / folder)
         # A process that died may have made them, and not synced.
         for parent in (self._path.parent, root, root / "lanes"):
             disk.sync_folder(parent)
-        self._store_lock = self._share_store()
-        undo.callback(self._store_lock.release)
         self.registry = Registry(disk, root)
         self.store_id = self.registry.open(self._existing_store_id() or secrets.randbits(63) | 1)
         undo.callback(self.registry.close)
@@ -135,11 +137,28 @@ class OpenStore:
 
     def _share_store(self) -> Lock:
         path = self.root / "store.lock"
-        lock = self._disk.lock(path, shared=True)
-        if lock is None:
-            pids = lock_holders(path)
-            raise StoreLockedError(f"{self._path} is being replaced by process {pids}; try again when it is done", pids)
-        return lock
+        while True:
+            # Once it is decided that another store takes the place, that is done in a moment.
+            lock = self._disk.lock(path, shared=True, wait=is_replacing(self.root))
+            if lock is None:
+                pids = lock_holders(path)
+                raise StoreLockedError(
+                    f"{self._path} is being replaced by process {pids}; try again when it is done", pids
+                )
+            if not is_replacing(self.root):
+                self._remove_waste()
+                return lock
+            lock.release()
+            with claim_store(self._disk, self._path, self.root, wait=True):
+                if is_replacing(self.root):
+                    logger.warning("%s: a restore was interrupted; it is finished now", self._path)
+                    finish_replacing(self._disk, self._path, self.root)
+
+    def _remove_waste(self) -> None:
+        try:
+            remove_waste(self._disk, self.root)
+        except OSError as error:
+            logger.warning("what an interrupted restore left in %s cannot be removed: %s", self.root, error)
 
     def _existing_store_id(self) -> int | None:
         """Return the id that the segments name, for a store that lost its registry."""
