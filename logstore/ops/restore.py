@@ -1,0 +1,286 @@
+"""Restore: a backup becomes a store, in an empty place or in the place of a closed store.
+
+The new store is made beside the old one, every byte verified, opened and closed as any store is, and counted. Only then
+it takes the place, see `storage.replacement`: a failure or a crash before that leaves the old store as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from logstore.errors import DamageError, NotAStoreError, WriteFailedError
+from logstore.ops.cut import apply_dropped, count_live
+from logstore.ops.manifest import Manifest, StoredFile, missing_objects, read_manifest
+from logstore.ops.moment import cut_off
+from logstore.ops.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
+from logstore.ops.progress import Progress, silent
+from logstore.ops.reservation import write_reservation
+from logstore.storage.catalogue import connect, inspect_file
+from logstore.storage.files import Disk
+from logstore.storage.lane import Reservation, lane_folders, read_reservation
+from logstore.storage.opening import OpenStore, log_folder
+from logstore.storage.options import LogOptions
+from logstore.storage.registry import Registry
+from logstore.storage.replacement import (
+    begin_replacing,
+    claim_store,
+    finish_replacing,
+    is_replacing,
+    remove_waste,
+    staged_catalogue,
+)
+
+logger = logging.getLogger("logstore")
+
+
+class RestoreResult(NamedTuple):
+    """A store that was restored.
+
+    Attributes:
+        path: Its catalogue.
+        backup: The manifest that it was made of.
+        events: Events that it serves.
+        bytes: Bytes that were copied.
+        files: Files that were copied.
+        left_out: Events that were left out because they, or one before them on their stream, came too late.
+        damaged: Files that were damaged when the backup was made, with the reason.
+    """
+
+    path: str
+    backup: str
+    events: int
+    bytes: int
+    files: int
+    left_out: int
+    damaged: tuple[str, ...]
+
+
+def find_backup(path: Path) -> tuple[Target, str]:
+    """Return pool and key of a backup: of a manifest, or of the newest one in a folder.
+
+    Raises:
+        NotAStoreError: There is none.
+    """
+    if path.is_dir():
+        target = FolderTarget(path)
+        keys = target.manifests()
+        if not keys:
+            raise NotAStoreError(f"there is no backup in {path}: no file there is named *{MANIFEST_SUFFIX}")
+        return target, keys[-1]
+    if not path.is_file():
+        raise NotAStoreError(f"there is no backup at {path}: give a *{MANIFEST_SUFFIX} file, or the folder of backups")
+    return FolderTarget(path.parent), path.name
+
+
+def restore(
+    backup: Path, path: Path, *, until: datetime | None = None, progress: Progress = silent, disk: Disk | None = None
+) -> RestoreResult:
+    """Make a store of a backup; on return it is on disk, in the place of the one that was there.
+
+    Args:
+        backup: A manifest, or a folder of backups, of which the newest is taken.
+        path: The catalogue of the store to be.
+        until: Of each stream only the events before the first that was recorded later; UTC when it has no zone.
+        progress: Told of the bytes.
+        disk: The file door.
+
+    Raises:
+        NotAStoreError: There is no backup, or the place holds something that is not a store.
+        StoreLockedError: Processes have the store open; it names them.
+        DamageError: The backup is damaged or incomplete; the store is as it was.
+        FormatVersionError: A newer release made the backup.
+        WriteFailedError: The disk refuses; the message says which of the two stores is in the place.
+    """
+    target, key = find_backup(backup)
+    return restore_from(target, key, path, until=until, progress=progress, disk=disk)
+
+
+def restore_from(
+    target: Target,
+    key: str,
+    path: Path,
+    *,
+    until: datetime | None = None,
+    progress: Progress = silent,
+    disk: Disk | None = None,
+) -> RestoreResult:
+    """As `restore`, from any target."""
+    disk = disk or Disk()
+    root = log_folder(path)
+    with target.reading():
+        manifest = read_manifest(target, key)
+        if missing := missing_objects(target, manifest):
+            raise DamageError(
+                Path(target.locate(key)), 0, 0, f"{len(missing)} files of the backup are missing: {missing[0]}"
+            )
+        _refuse_foreign(path, root)
+        restoring = _Restore(disk, target, key, manifest, path, progress)
+        try:
+            with claim_store(disk, path, root):
+                return restoring.run(until)
+        except (OSError, sqlite3.Error, WriteFailedError) as error:
+            raise WriteFailedError(f"{restoring.standing()}: {error}") from error
+
+
+def _refuse_foreign(path: Path, root: Path) -> None:
+    if inspect_file(path) == "damaged" and not (root / "registry.log").exists():
+        raise NotAStoreError(f"{path} is not a SQLite database, nothing was written; give another path")
+
+
+class _Restore:
+    """One restore under way, of a claimed store."""
+
+    def __init__(
+        self, disk: Disk, target: Target, key: str, manifest: Manifest, path: Path, progress: Progress
+    ) -> None:
+        self._disk = disk
+        self._target = target
+        self._key = key
+        self._manifest = manifest
+        self._path = path
+        self._root = log_folder(path)
+        self._staged = staged_catalogue(path, self._root)
+        self._staged_root = log_folder(self._staged)
+        self._progress = progress
+        self._dropped = b""
+        self._is_in_place = False
+
+    def standing(self) -> str:
+        """Say which store is there after the disk refused."""
+        if self._is_in_place:
+            return f"the restored store is at {self._path}; but the disk refuses"
+        if is_replacing(self._root):
+            return f"the restored store is whole, and takes its place when {self._path} is opened next"
+        return f"nothing was restored, {self._path} is as it was"
+
+    def run(self, until: datetime | None) -> RestoreResult:
+        if is_replacing(self._root):
+            finish_replacing(self._disk, self._path, self._root)
+        remove_waste(self._disk, self._root)
+        try:
+            left_out = self._build(until)
+            events = self._open_once(exact=until is None and not self._manifest.damaged)
+            begin_replacing(self._disk, self._path, self._root)
+        except BaseException:
+            if not is_replacing(self._root):
+                # On a full disk half a store that nobody reads would be in the way of everything else.
+                with contextlib.suppress(OSError):
+                    remove_waste(self._disk, self._root)
+            raise
+        finish_replacing(self._disk, self._path, self._root)
+        self._is_in_place = True
+        self._remove_old()
+        return RestoreResult(
+            path=str(self._path),
+            backup=self._target.locate(self._key),
+            events=events,
+            bytes=self._manifest.bytes,
+            files=len(self._manifest.files),
+            left_out=left_out,
+            damaged=tuple(f"{file.path}: {file.reason}" for file in self._manifest.damaged),
+        )
+
+    def _remove_old(self) -> None:
+        try:
+            remove_waste(self._disk, self._root)
+        except OSError as error:
+            logger.warning("the old store is removed when %s is opened next: %s", self._path, error)
+
+    def _build(self, until: datetime | None) -> int:
+        """Bring all files into place beside the store; return how many events came too late."""
+        for part in ("lanes", "segments"):
+            self._disk.make_folder(self._staged_root / part)
+        done = 0
+        for file in self._manifest.files:
+            self._bring(file)
+            done += file.bytes
+            self._progress("copying the backup", done, self._manifest.bytes)
+        # A new one when that of the backup was damaged: sessions are gone then, events are not.
+        registry = Registry(self._disk, self._staged_root)
+        try:
+            registry.open(self._manifest.store_id)
+        finally:
+            registry.close()
+        for lane, reservation in self._reservations().items():
+            folder = self._staged_root / "lanes" / f"{lane:04d}"
+            self._disk.make_folder(folder)
+            write_reservation(self._disk, folder, reservation)
+        if until is None:
+            return 0
+        moment = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return cut_off(self._disk, self._staged_root, self._manifest.store_id, moment)
+
+    def _bring(self, file: StoredFile) -> None:
+        """Copy one file, or refuse it.
+
+        Raises:
+            DamageError: The pool has other bytes, or none.
+        """
+        place = Path(self._target.locate(file.key))
+        pieces = verified(self._target.read(file.key), file.sha256, str(place))
+        try:
+            if file.kind == "dropped":
+                self._dropped = b"".join(pieces)
+            elif file.bytes == 0 or (file.kind == "registry" and file.damaged):
+                # Nothing to be opened; but what the backup says of it must be so.
+                for _ in pieces:
+                    pass
+            else:
+                self._write(self._staged_root / file.path, pieces)
+        except (OtherBytesError, FileNotFoundError) as error:
+            raise DamageError(
+                place, 0, file.bytes, f"{error}; nothing was changed, restore from another backup"
+            ) from error
+
+    def _write(self, path: Path, pieces: Iterable[bytes]) -> None:
+        self._disk.make_folder(path.parent)
+        fd = self._disk.create(path)
+        try:
+            offset = 0
+            for piece in pieces:
+                self._disk.write(fd, piece, offset)
+                offset += len(piece)
+            self._disk.sync(fd)
+        finally:
+            self._disk.close(fd)
+
+    def _reservations(self) -> dict[int, Reservation]:
+        """Return what each lane has given out at most, here or in the store that is replaced: no id comes twice."""
+        found = {mark.lane: Reservation(mark.reserved_id, mark.reserved_ordinal) for mark in self._manifest.lanes}
+        for lane, folder in lane_folders(self._disk, self._root):
+            here = read_reservation(self._disk, folder)
+            there = found.get(lane, Reservation(0, 0))
+            found[lane] = Reservation(max(here.event_id, there.event_id), max(here.ordinal, there.ordinal))
+        return found
+
+    def _open_once(self, *, exact: bool) -> int:
+        """Open the new store, which adopts its journals and makes its index; return how many events it serves.
+
+        Raises:
+            DamageError: Not those that the backup counted.
+        """
+        self._progress("indexing", 0, None)
+        store = OpenStore(self._disk, self._staged, LogOptions().segment_bytes)
+        try:
+            with (
+                store.checkpoint_lock(),
+                contextlib.closing(connect(self._staged, write=True)) as catalogue,
+            ):
+                apply_dropped(catalogue, self._dropped)
+                events = count_live(catalogue)
+        finally:
+            store.close(empty=True)
+        if exact and events != self._manifest.events:
+            raise DamageError(
+                Path(self._target.locate(self._key)),
+                0,
+                0,
+                f"the backup holds {events} events and says {self._manifest.events}; nothing was changed",
+            )
+        return events
