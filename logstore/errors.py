@@ -10,6 +10,7 @@ LogstoreError
 ├── NotAStoreError          the path holds something that is not a logstore store
 ├── FormatVersionError      files written by a newer release
 ├── DamageError             bytes that were durable once are not what was written
+├── IndexReplacedError      the catalogue was made again while work on it was under way
 ├── WriteFailedError        the disk refused a write or a sync
 └── ReplayError             a resume that cannot be served
     ├── UnknownEventError   the event id is not in the store
@@ -31,6 +32,7 @@ __all__ = [
     "ForeignSessionError",
     "FormatVersionError",
     "GapError",
+    "IndexReplacedError",
     "InvalidMessageError",
     "InvalidStreamError",
     "LogstoreError",
@@ -105,6 +107,10 @@ class DamageError(LogstoreError):
         self.path = path
         self.offset = offset
         self.length = length
+
+
+class IndexReplacedError(LogstoreError):
+    """The catalogue was made again while work on it was under way; the work begins anew."""
 
 
 class WriteFailedError(LogstoreError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, repeat
 from pathlib import Path
@@ -50,6 +51,7 @@ class _Segment:
     def __init__(self, writer: SegmentWriter, stream: str | None) -> None:
         self.writer = writer
         self.stream = stream
+        self.written_us = 0
         self.events = 0
         self.first_id = 0
         self.last_id = 0
@@ -150,6 +152,7 @@ class SegmentStore:
         self._store_id = store_id
         self._incarnation = incarnation
         self._numbers = numbers
+        self._numbering = threading.Lock()
         self._segment_bytes = segment_bytes
         self._open: dict[str, _Segment] = {}
         # Begun by the checkpoint that runs, and not in the index yet.
@@ -246,24 +249,38 @@ class SegmentStore:
             segment = self._begin_segment(run.stream, now_us)
         # The order of this dictionary is that of the last use.
         self._open[run.stream] = segment
+        segment.written_us = now_us
         return segment
 
     def _begin_segment(self, stream: str | None, now_us: int) -> _Segment:
+        writer = self.new_segment(now_us)
+        self._begun.append(writer)
+        return _Segment(writer, stream)
+
+    def new_segment(self, now_us: int, suffix: str = "") -> SegmentWriter:
+        """Begin a segment that nothing knows of yet. Safe to call from any thread.
+
+        Without the checkpoint lock it is to be begun as `UNPUBLISHED`: who finds a whole segment that the index does
+        not know takes what it holds.
+
+        Raises:
+            OSError: The disk refused.
+        """
         while True:
+            with self._numbering:
+                number = self._numbers.next(now_us)
             header = FileHeader(
                 kind=KIND_SEGMENT,
                 store_id=self._store_id,
                 salt=new_salt(),
-                number=self._numbers.next(now_us),
+                number=number,
                 incarnation=self._incarnation,
             )
             try:
-                writer = SegmentWriter(self._disk, self._root, header)
+                return SegmentWriter(self._disk, self._root, header, suffix)
             except FileExistsError:
                 # Left by a process that died before it was indexed, on a clock that was ahead.
                 continue
-            self._begun.append(writer)
-            return _Segment(writer, stream)
 
     def _index(
         self,
@@ -292,6 +309,23 @@ class SegmentStore:
             catalogue.add_journals((journal.lane, journal.ordinal) for journal in journals)
             forgotten, self._unlinked = self._unlinked, []
             catalogue.forget_journals(forgotten)
+
+    def seal_idle(self, before_us: int) -> None:
+        """Seal the segments that were last written before a time; the caller holds the checkpoint lock.
+
+        Retention and compaction leave open ones alone: a stream that fell silent would keep its file for ever.
+
+        Raises:
+            sqlite3.Error: The catalogue refused; they stay open.
+        """
+        idle = [segment for segment in self._open.values() if segment.written_us < before_us]
+        if idle:
+            with self._catalogue.transaction():
+                self._catalogue.seal_segments((segment.writer.number, segment.writer.sha256) for segment in idle)
+        for segment in idle:
+            segment.writer.close()
+            assert segment.stream is not None
+            del self._open[segment.stream]
 
     def close(self) -> None:
         """Seal the segments that are open; the caller holds the checkpoint lock."""

@@ -6,18 +6,21 @@ import contextlib
 import logging
 import secrets
 import sqlite3
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
-from logstore.errors import DamageError, NotAStoreError, StoreLockedError, WriteFailedError
+from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, StoreLockedError, WriteFailedError
 from logstore.storage.catalogue import Catalogue, inspect_file, is_damage
 from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
+from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_index, reindex
 from logstore.storage.lane import Lane, Marks, journal_ordinals, lane_folders, read_reservation
-from logstore.storage.recovery import adopt_lane, reindex
+from logstore.storage.recovery import adopt_lane
 from logstore.storage.registry import Registry
 from logstore.storage.replacement import claim_store, finish_replacing, is_replacing, remove_waste
 from logstore.storage.segment import segment_numbers, segment_path
@@ -28,7 +31,6 @@ logger = logging.getLogger("logstore")
 _WAIT_S: Final = 0.01
 _PATIENCE_S: Final = 30.0
 _PROBE_BYTES: Final = 64 << 10
-_SQLITE_FILES: Final = ("", "-wal", "-shm")
 
 
 def log_folder(path: Path) -> Path:
@@ -40,12 +42,14 @@ class OpenStore:
     """The files of a store that this process has open. Its methods block: call them in a thread.
 
     Attributes:
+        disk: The file door.
         root: The log folder.
         store_id: Of the store, random at its birth.
         lane: The lane of this process.
         registry: The sessions.
         catalogue: The index.
         segments: Where events go from the journals.
+        stopping: Set when the store is about to be closed: long work on it ends early.
     """
 
     def __init__(self, disk: Disk, path: Path, segment_bytes: int) -> None:
@@ -58,10 +62,12 @@ class OpenStore:
             DamageError: The registry is damaged.
             WriteFailedError: The disk refuses.
         """
-        self._disk = disk
+        self.disk = disk
         self._path = path
         self._segment_bytes = segment_bytes
+        self.stopping = threading.Event()
         self.root = log_folder(path)
+        self.made: Indexed | None = None
         try:
             try:
                 self._open_or_undo(mend=False)
@@ -78,12 +84,12 @@ class OpenStore:
         """Return what the system answers to a write beside the catalogue: SQLite only says that it failed."""
         probe = _beside(self._path, ".probe")
         try:
-            fd = self._disk.create(probe)
+            fd = self.disk.create(probe)
             try:
-                self._disk.write(fd, bytes(_PROBE_BYTES), 0)
+                self.disk.write(fd, bytes(_PROBE_BYTES), 0)
             finally:
-                self._disk.close(fd)
-                self._disk.unlink(probe)
+                self.disk.close(fd)
+                self.disk.unlink(probe)
         except OSError as error:
             return f" ({error})"
         return ""
@@ -94,7 +100,7 @@ class OpenStore:
             undo.pop_all()
 
     def _open(self, undo: contextlib.ExitStack, mend: bool) -> None:
-        disk, root = self._disk, self.root
+        disk, root = self.disk, self.root
         self._refuse_foreign_file()
         disk.make_folder(self._path.parent)
         refuse_unsupported_place(self._path.parent)
@@ -139,7 +145,7 @@ class OpenStore:
         path = self.root / "store.lock"
         while True:
             # Once it is decided that another store takes the place, that is done in a moment.
-            lock = self._disk.lock(path, shared=True, wait=is_replacing(self.root))
+            lock = self.disk.lock(path, shared=True, wait=is_replacing(self.root))
             if lock is None:
                 pids = lock_holders(path)
                 raise StoreLockedError(
@@ -149,14 +155,14 @@ class OpenStore:
                 self._remove_waste()
                 return lock
             lock.release()
-            with claim_store(self._disk, self._path, self.root, wait=True):
+            with claim_store(self.disk, self._path, self.root, wait=True):
                 if is_replacing(self.root):
                     logger.warning("%s: a restore was interrupted; it is finished now", self._path)
-                    finish_replacing(self._disk, self._path, self.root)
+                    finish_replacing(self.disk, self._path, self.root)
 
     def _remove_waste(self) -> None:
         try:
-            remove_waste(self._disk, self.root)
+            remove_waste(self.disk, self.root)
         except OSError as error:
             logger.warning("what an interrupted restore left in %s cannot be removed: %s", self.root, error)
 
@@ -164,15 +170,15 @@ class OpenStore:
         """Return the id that the segments name, for a store that lost its registry."""
         if (self.root / "registry.log").exists():
             return None
-        for number in segment_numbers(self._disk, self.root):
+        for number in segment_numbers(self.disk, self.root):
             path = segment_path(self.root, number)
-            fd = self._disk.open(path)
+            fd = self.disk.open(path)
             try:
-                store_id = decode_header(self._disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).store_id
+                store_id = decode_header(self.disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).store_id
             except DamageError:
                 continue
             finally:
-                self._disk.close(fd)
+                self.disk.close(fd)
             logger.error("%s lost its registry: sessions are gone, events are not", self.root)
             return store_id
         return None
@@ -189,54 +195,90 @@ class OpenStore:
         if found == "damaged" or self.catalogue.suspect:
             self._set_catalogue_aside()
         if found != "ours" or self.catalogue.suspect:
-            self._make_index()
+            self.made = make_index(self.disk, self.root, self._path, self.store_id)
 
     def _index_unknown(self) -> None:
         """Index what the segments hold and a catalogue that is older than they are does not know."""
-        events = reindex(self._disk, self.root, self.catalogue, self.store_id)
-        if events:
-            logger.warning("%s did not know all of %d events in segments; they are indexed", self._path, events)
+        found = reindex(self.disk, self.root, self.catalogue, self.store_id)
+        if found.events:
+            logger.warning("%s did not know all of %d events in segments; they are indexed", self._path, found.events)
 
-    def _make_index(self) -> None:
-        """Put an index in place that is made of all segments, if any; the caller holds the checkpoint lock.
+    def reindex(self, progress: BytesDone) -> Indexed:
+        """Make the whole index again, in the place of the one that is there, also while others use that.
 
-        Beside its place first: one that a crash left half made would pass for whole, and other processes read it.
+        On return it is on disk. What retention has noted stays, when it can be read.
+
+        Raises:
+            OSError, sqlite3.Error: The disk refused; the index is the one that was there.
         """
-        started = time.monotonic()
-        fresh = Catalogue(self._path.with_name(f"{self._path.name}.new"))
-        for suffix in _SQLITE_FILES:
-            self._disk.unlink(_beside(fresh.path, suffix))
-        self._disk.close(self._disk.create(fresh.path))
-        try:
-            fresh.open()
-            events = reindex(self._disk, self.root, fresh, self.store_id)
-        finally:
-            fresh.close()
-        if _beside(fresh.path, "-wal").exists():
-            raise OSError(f"SQLite left {fresh.path} unfinished")
-        # The write-ahead log of the file that was here would pass for the new one's.
-        for suffix in _SQLITE_FILES[1:]:
-            self._disk.unlink(_beside(self._path, suffix))
-        self._disk.rename(fresh.path, self._path)
-        self._disk.sync_folder(self._path.parent)
-        if events:
-            logger.warning("indexed %d events again in %.1f s", events, time.monotonic() - started)
+        with self.checkpoint_lock():
+            self._keep_catalogue()
+            try:
+                # The other one's write-ahead log goes before it does: a crash in between must leave it whole.
+                self.catalogue.fold_wal()
+                indexed = make_index(self.disk, self.root, self._path, self.store_id, progress)
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._set_catalogue_aside()
+                indexed = make_index(self.disk, self.root, self._path, self.store_id, progress)
+            self.catalogue.open()
+            self.registry.all_changed()
+            self._copy_sessions()
+        return indexed
 
     def _set_catalogue_aside(self) -> None:
         """Move a damaged index away, never over another one; who has it open sees that the path has another file."""
         kept = _beside(self._path, f".damaged-{time.time_ns()}")
-        for suffix in _SQLITE_FILES:
+        for suffix in SQLITE_FILES:
             source = _beside(self._path, suffix)
             if source.exists():
-                self._disk.rename(source, _beside(kept, suffix))
+                self.disk.rename(source, _beside(kept, suffix))
         logger.error("the catalogue is damaged: kept as %s, made again from the log", kept)
-        self._disk.sync_folder(self._path.parent)
+        self.disk.sync_folder(self._path.parent)
 
     def checkpoint_lock(self) -> Lock:
         """Wait for the lock that the writer of segments and catalogue holds."""
-        lock = self._disk.lock(self.root / "checkpoint.lock", wait=True)
+        lock = self.disk.lock(self.root / "checkpoint.lock", wait=True)
         assert lock is not None
         return lock
+
+    def compaction_lock(self) -> Lock | None:
+        """Return the lock of whoever drops and moves what sealed segments hold, or None while another has it."""
+        return self.disk.lock(self.root / "compaction.lock")
+
+    def removal_lock(self) -> Lock | None:
+        """Return the lock of whoever removes segment files; a backup shares it while it copies them."""
+        return self.disk.lock(self.root / "removal.lock")
+
+    @contextlib.contextmanager
+    def changing_catalogue(self, inode: int) -> Generator[Catalogue]:
+        """Give the index for one transaction: on return what was written is on disk, an error undoes all of it.
+
+        Args:
+            inode: Of the index that the change was planned from.
+
+        Raises:
+            IndexReplacedError: The index was made again since, so that the plan is void.
+            OSError, sqlite3.Error: The disk or the catalogue refused.
+        """
+        with self.checkpoint_lock():
+            self._keep_catalogue()
+            if self.catalogue.inode != inode:
+                raise IndexReplacedError(f"{self._path} was made again by another process; try again")
+            with self.catalogue.transaction():
+                yield self.catalogue
+            self.catalogue.shrink_wal()
+
+    def seal_idle_segments(self, before_us: int) -> None:
+        """Seal this process's segments that were last written before a time.
+
+        Raises:
+            OSError, sqlite3.Error: The disk or the catalogue refused; they stay open.
+        """
+        with self.checkpoint_lock():
+            self._keep_catalogue()
+            self.segments.seal_idle(before_us)
 
     def checkpoint(self, tail: Tail, generations: list[Generation]) -> None:
         """Bring finished journals of the own lane into segments, and remove them.
@@ -284,10 +326,10 @@ class OpenStore:
             with self.checkpoint_lock():
                 self._keep_catalogue()
         highest = 0
-        for number, folder in lane_folders(self._disk, self.root):
-            if number == self.lane.number or not journal_ordinals(self._disk, folder):
+        for number, folder in lane_folders(self.disk, self.root):
+            if number == self.lane.number or not journal_ordinals(self.disk, folder):
                 continue
-            lock = self._disk.lock(folder / "lock")
+            lock = self.disk.lock(folder / "lock")
             if lock is None:
                 continue
             with lock, self.checkpoint_lock():
@@ -295,17 +337,17 @@ class OpenStore:
         return highest
 
     def _adopt(self, number: int, folder: Path) -> int:
-        return adopt_lane(self._disk, self.root, number, folder, self.catalogue, self.segments, self.store_id)
+        return adopt_lane(self.disk, self.root, number, folder, self.catalogue, self.segments, self.store_id)
 
     def _wait_for_void_lanes(self) -> None:
         """Wait while another process recovers lanes of which, since the machine started, nobody can read anything."""
-        for _, folder in lane_folders(self._disk, self.root):
-            while journal_ordinals(self._disk, folder) and not self._marks_valid(folder):
+        for _, folder in lane_folders(self.disk, self.root):
+            while journal_ordinals(self.disk, folder) and not self._marks_valid(folder):
                 time.sleep(_WAIT_S)
                 self.adopt_dead_lanes()
 
     def _marks_valid(self, folder: Path) -> bool:
-        marks = Marks(self._disk, folder)
+        marks = Marks(self.disk, folder)
         try:
             return marks.valid
         finally:
@@ -319,7 +361,7 @@ class OpenStore:
         if incarnation == self.lane.incarnation:
             return True
         # Shared, so that two who ask do not take each other for the owner.
-        lock = self._disk.lock(folder / "lock", shared=True)
+        lock = self.disk.lock(folder / "lock", shared=True)
         if lock is None:
             return True
         lock.release()
@@ -336,7 +378,7 @@ class OpenStore:
         while True:
             self.adopt_dead_lanes()
             # A later opening of the lane has recovered it before it wrote.
-            if not journal_ordinals(self._disk, folder) or self._writer_of(folder) not in (0, dead):
+            if not journal_ordinals(self.disk, folder) or self._writer_of(folder) not in (0, dead):
                 return
             if time.monotonic() > patience:
                 pids = lock_holders(folder / "lock")
@@ -344,13 +386,13 @@ class OpenStore:
             time.sleep(_WAIT_S)
 
     def _writer_of(self, folder: Path) -> int:
-        with contextlib.closing(Marks(self._disk, folder)) as marks:
+        with contextlib.closing(Marks(self.disk, folder)) as marks:
             return marks.incarnation
 
     def highest_reserved(self) -> int:
         """Return an id at or above everything that any lane has given out."""
-        folders = lane_folders(self._disk, self.root)
-        return max(read_reservation(self._disk, folder).event_id for _, folder in folders)
+        folders = lane_folders(self.disk, self.root)
+        return max(read_reservation(self.disk, folder).event_id for _, folder in folders)
 
     def close(self, *, empty: bool) -> None:
         """Give everything back.

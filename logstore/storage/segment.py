@@ -18,6 +18,8 @@ from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, FileHeader, deco
 from logstore.storage.record import iter_frames
 
 _SUFFIX: Final = ".segment"
+UNPUBLISHED: Final = ".tmp"
+"""What follows the name of a segment that is not in its place yet: nobody else looks at it."""
 
 
 def segment_path(root: Path, number: int) -> Path:
@@ -34,15 +36,23 @@ def segment_numbers(disk: Disk, root: Path) -> list[int]:
 class SegmentWriter:
     """Appends runs of frames to one new segment; used by one thread at a time.
 
+    Args:
+        disk: The file door.
+        root: The log folder.
+        header: Its header.
+        suffix: Behind the name of a file that is to be published when it is whole.
+
     Attributes:
         number: Number of the segment.
         end: Its length so far, in bytes.
     """
 
-    def __init__(self, disk: Disk, root: Path, header: FileHeader) -> None:
+    def __init__(self, disk: Disk, root: Path, header: FileHeader, suffix: str = "") -> None:
         self._disk = disk
+        self._root = root
         self.number = header.number
-        self.path = segment_path(root, header.number)
+        path = segment_path(root, header.number)
+        self.path = path.with_name(path.name + suffix)
         self._fd = disk.create(self.path)
         self._digest = hashlib.sha256()
         self.end = 0
@@ -66,6 +76,13 @@ class SegmentWriter:
     def sync(self) -> None:
         """Return when everything written is on disk; a new file also needs its folder synced."""
         self._disk.sync(self._fd)
+
+    def publish(self) -> None:
+        """Put a synced file that was begun beside its place there; the folder is synced on return."""
+        path = segment_path(self._root, self.number)
+        self._disk.rename(self.path, path)
+        self.path = path
+        self._disk.sync_folder(path.parent)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -1,0 +1,222 @@
+"""One pass of retention and compaction over a store that is in use.
+
+Retention drops whole runs and, with the last of them, whole segments. What that leaves half dead is written anew, small
+finished segments are gathered in packs, and a stream that has grown in packs gets files of its own. Only one process
+does it at a time; readers, writers and checkpoints go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from logstore.errors import DamageError, StoreLockedError
+from logstore.ops.progress import Progress, silent
+from logstore.ops.retention import Dropped, drop, planned
+from logstore.ops.rewrite import Moving, Rewriter
+from logstore.ops.sweep import Swept, remove_unpublished_segments, sweep
+from logstore.storage.catalogue import Extent, connect
+from logstore.storage.files import lock_holders
+from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
+from logstore.storage.opening import OpenStore
+from logstore.storage.options import MIB, Retention
+from logstore.storage.segment import segment_path
+
+_SEGMENT_BYTES: Final = 8 * MIB
+_SMALL_BYTES: Final = 1 * MIB
+_MOST_SMALL: Final = 2_000
+"""Small segments that are left alone: packing a handful would be work for nothing."""
+_KEPT_SMALL: Final = 1_000
+_GROWN_RUNS: Final = 16
+_GROWN_BYTES: Final = 1 * MIB
+"""A stream with as many runs in packs, and as many bytes, gets a file of its own."""
+
+
+class Compacted(NamedTuple):
+    """What a pass did.
+
+    Attributes:
+        dropped: What retention dropped, by rule; with a dry run, what it would drop.
+        moved_events: Events that were moved to new segments.
+        moved_bytes: Their bytes.
+        new_segments: Segments written.
+        removed_segments: Segment files removed.
+        removed_bytes: Their bytes.
+        waiting_segments: Segments without a live event that a backup under way still copies.
+        damaged_segments: Segments that cannot be read whole; they stay as they are.
+        seconds: Time it took.
+    """
+
+    dropped: list[Dropped]
+    moved_events: int
+    moved_bytes: int
+    new_segments: int
+    removed_segments: int
+    removed_bytes: int
+    waiting_segments: int
+    damaged_segments: list[int]
+    seconds: float
+
+
+def compact(
+    store: OpenStore,
+    retention: Retention,
+    *,
+    dry_run: bool = False,
+    segment_bytes: int = _SEGMENT_BYTES,
+    progress: Progress = silent,
+) -> Compacted:
+    """Drop what retention lets go, and compact the segments. Ends early when the store is to be closed.
+
+    On return what was dropped and moved is on disk as such; a crash at any moment leaves each event either dropped, or
+    in its old or its new place.
+
+    Args:
+        store: The open store.
+        retention: What is kept.
+        dry_run: Only say what would be dropped.
+        segment_bytes: Size of the segments that are written.
+        progress: Told how far it is.
+
+    Raises:
+        StoreLockedError: Another process does it, with its pid.
+        IndexReplacedError: The index was made again meanwhile; what was done is done.
+        OSError, sqlite3.Error: The disk or the catalogue refused; likewise.
+    """
+    started = time.monotonic()
+    now_us = time.time_ns() // 1000
+    if dry_run:
+        with planned(store, retention, now_us) as plan:
+            return Compacted(plan.figures(), 0, 0, 0, 0, 0, 0, [], time.monotonic() - started)
+    lock = store.compaction_lock()
+    if lock is None:
+        pids = lock_holders(store.root / "compaction.lock")
+        raise StoreLockedError(f"process {pids} compacts {store.root} at this moment; it is done for all", pids)
+    with lock:
+        remove_unpublished_segments(store)
+        dropped, inode = _drop(store, retention, now_us, progress)
+        ragged = _close_abandoned(store, inode)
+        # Room first: what retention let go makes place for what is written anew.
+        swept = [sweep(store, inode, (), progress)]
+        rewriter = Rewriter(store, inode, segment_bytes)
+        with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
+            _choose(reader, ragged, segment_bytes)
+            rewriter.move(_runs_to_move(reader, progress))
+        if rewriter.segments or ragged:
+            swept.append(sweep(store, inode, ragged, progress))
+    return _result(dropped, rewriter, swept, time.monotonic() - started)
+
+
+def _result(dropped: list[Dropped], rewriter: Rewriter, swept: list[Swept], seconds: float) -> Compacted:
+    return Compacted(
+        dropped=dropped,
+        moved_events=rewriter.events,
+        moved_bytes=rewriter.bytes,
+        new_segments=rewriter.segments,
+        removed_segments=sum(each.segments for each in swept),
+        removed_bytes=sum(each.bytes for each in swept),
+        waiting_segments=swept[-1].waiting,
+        damaged_segments=sorted(rewriter.damaged),
+        seconds=seconds,
+    )
+
+
+def _drop(store: OpenStore, retention: Retention, now_us: int, progress: Progress) -> tuple[list[Dropped], int]:
+    """Drop what retention lets go; return what, and the inode of the index that was worked on."""
+    with planned(store, retention, now_us) as plan:
+        figures = plan.figures()
+        done = 0
+        for runs in plan.slices():
+            if store.stopping.is_set():
+                break
+            drop(store, runs, plan.inode)
+            done += len(runs)
+            progress("runs dropped", done, None)
+        return figures, plan.inode
+
+
+def _close_abandoned(store: OpenStore, inode: int) -> set[int]:
+    """Seal the segments that dead processes left open; return those that hold more than the index knows."""
+    with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
+        rows = reader.execute("SELECT segment_id, bytes FROM segments WHERE sealed = 0 AND dropped = 0").fetchall()
+    ragged: set[int] = set()
+    whole: list[tuple[int, str]] = []
+    for segment_id, size in rows:
+        path = segment_path(store.root, segment_id)
+        fd = store.disk.open(path)
+        try:
+            incarnation = decode_header(store.disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).incarnation
+            if incarnation == store.lane.incarnation or store.is_alive(incarnation):
+                continue
+            if store.disk.size(fd) == size:
+                whole.append((segment_id, hashlib.sha256(store.disk.read(fd, size, 0)).hexdigest()))
+            else:
+                ragged.add(segment_id)
+        except DamageError:
+            # For verify to report, and for repair to mend.
+            continue
+        finally:
+            store.disk.close(fd)
+    if whole:
+        with store.changing_catalogue(inode) as catalogue:
+            catalogue.seal_segments(whole)
+    return ragged
+
+
+def _choose(reader: sqlite3.Connection, ragged: set[int], segment_bytes: int) -> None:
+    """Note in a temporary table which segments are to be emptied, and which streams gathered from packs."""
+    reader.execute("CREATE TEMP TABLE emptied (segment_id INTEGER PRIMARY KEY)")
+    reader.executemany("INSERT INTO emptied VALUES (?)", ((segment_id,) for segment_id in ragged))
+    reader.execute(
+        """
+        INSERT OR IGNORE INTO emptied
+        SELECT segment_id FROM segments
+        JOIN (SELECT segment_id, sum(length) AS live FROM extents GROUP BY segment_id) USING (segment_id)
+        WHERE sealed = 1 AND dropped = 0 AND live * 2 < bytes
+        """
+    )
+    small = min(_SMALL_BYTES, segment_bytes // 2)
+    (count,) = reader.execute(
+        "SELECT count(*) FROM segments WHERE sealed = 1 AND dropped = 0 AND bytes < ?", (small,)
+    ).fetchone()
+    if count > _MOST_SMALL:
+        reader.execute(
+            """
+            INSERT OR IGNORE INTO emptied
+            SELECT segment_id FROM segments WHERE sealed = 1 AND dropped = 0 AND bytes < ?
+            ORDER BY segment_id LIMIT ?
+            """,
+            (small, count - _KEPT_SMALL),
+        )
+    reader.execute(
+        """
+        CREATE TEMP TABLE gathered AS
+        SELECT extents.stream_id FROM extents JOIN segments USING (segment_id)
+        WHERE segments.stream_id IS NULL AND sealed = 1 AND dropped = 0
+        GROUP BY extents.stream_id HAVING count(*) >= ? AND sum(length) >= ?
+        """,
+        (_GROWN_RUNS, _GROWN_BYTES),
+    )
+
+
+def _runs_to_move(reader: sqlite3.Connection, progress: Progress) -> Iterator[Moving]:
+    """Yield the runs of the chosen segments and streams, by stream and in order."""
+    # In a temporary table: a read of the index that lasts would keep SQLite from starting its own log anew.
+    reader.execute(
+        """
+        CREATE TEMP TABLE moving AS
+        SELECT extents.*, sum(length) OVER (PARTITION BY extents.stream_id) AS stream_bytes
+        FROM extents JOIN segments USING (segment_id)
+        WHERE segment_id IN (SELECT segment_id FROM emptied)
+        OR (segments.stream_id IS NULL AND sealed = 1 AND dropped = 0
+            AND extents.stream_id IN (SELECT stream_id FROM gathered))
+        """
+    )
+    (total,) = reader.execute("SELECT count(*) FROM moving").fetchone()
+    for done, row in enumerate(reader.execute("SELECT * FROM moving ORDER BY stream_id, first_id")):
+        progress("runs moved", done, total)
+        yield Moving(Extent(*row[:-1]), row[-1])
