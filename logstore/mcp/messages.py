@@ -26,6 +26,8 @@ from pydantic import TypeAdapter
 from logstore.errors import InvalidMessageError
 from logstore.mcp.sdk import split_transport_prefix
 from logstore.storage import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
+from logstore.storage.origin import split_origin
+from logstore.storage.record import FLAG_IMPORTED
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -85,7 +87,10 @@ def decode(event: Event) -> Message:
 
     Models are built without validation: what is stored was valid, and validating again costs more than all the rest.
     """
-    fields = _decode_json(event.payload)
+    payload = event.payload
+    if event.flags & FLAG_IMPORTED:
+        _, _, payload = split_origin(payload)
+    fields = _decode_json(payload)
     if not event.flags & FLAG_MODEL:
         return cast("dict[str, Any]", fields)
     if "method" in fields:

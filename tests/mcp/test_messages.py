@@ -24,7 +24,8 @@ from mcp_types import (
 
 from logstore.errors import InvalidMessageError
 from logstore.mcp.messages import MAX_DEPTH, Message, decode, encode, encode_substitute
-from logstore.storage.record import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
+from logstore.storage.origin import encode_origin, split_origin
+from logstore.storage.record import FLAG_FINAL, FLAG_IMPORTED, FLAG_MODEL, FLAG_PRIMING, Event
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
@@ -85,6 +86,31 @@ def test_an_error_without_an_id_keeps_its_null() -> None:
     error = JSONRPCError(jsonrpc="2.0", id=None, error=ErrorData(code=-32700, message="?"))
     assert b'"id":null' in stored(error).payload
     assert decode(stored(error)) == error
+
+
+@given(models | objects, text, text)
+def test_an_imported_message_comes_back_without_where_it_came_from(
+    message: Message, source: str, source_id: str
+) -> None:
+    event = stored(message)
+    payload = encode_origin(source, source_id) + event.payload
+    imported = Event(1, 0, 0, "s", event.flags | FLAG_IMPORTED, payload)
+    assert decode(imported) == decode(event)
+    assert split_origin(payload) == (source, source_id, event.payload)
+
+
+@pytest.mark.parametrize("length", [0, 31, 32, 255, 256, 65_535, 65_536])
+def test_an_origin_of_any_length_is_split_off(length: int) -> None:
+    source_id = "x" * length
+    assert split_origin(encode_origin("s", source_id) + b"{}") == ("s", source_id, b"{}")
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"{}", b"\x92", b"\x92\xa1a", b"\x92\x01\x02", b"\x92\xa1a\xa5b", b"\x92\xd9"]
+)
+def test_an_imported_payload_without_origin_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="imported event"):
+        split_origin(payload)
 
 
 def test_a_priming_event_has_no_payload() -> None:
