@@ -354,7 +354,8 @@ async def test_with_raise_appends_raise_until_the_disk_is_back(tmp_path: Path, d
             await asyncio.sleep(0.002)
         # Where appends do not sync, nobody knows until a write or a sync fails.
         assert durability != "always" or stored == [b"before"]
-        assert log.health().status == "degraded"
+        assert log.health().status == "failed"
+        assert log.health().since_us is not None
         with pytest.raises(WriteFailedError, match="Input/output error"):
             await log.append("one", b"no")
         with pytest.raises(WriteFailedError):
@@ -391,7 +392,7 @@ async def test_segments_that_cannot_be_written_fill_the_journal_and_no_more(
         async with asyncio.TaskGroup() as tasks:
             for writer in range(6):
                 tasks.create_task(write(log, f"stream {writer}", 0))
-        assert log.health().status == "degraded"
+        assert log.health().status == ("failed" if policy == "raise" else "degraded")
         assert "journal" in str(log.health().reason)
         assert (policy == "raise") == (sum(map(len, stored.values())) < 280)
         failed = disk.failed

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from logstore.storage.commit import GroupCommit
+from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore
 from logstore.storage.tail import Generation, Tail
-from logstore.storage.worker import Worker
+from logstore.storage.worker import Done, Job, Worker
 
 logger = logging.getLogger("logstore")
 
@@ -34,6 +36,7 @@ class Checkpointer:
 
     Attributes:
         checkpoints: How many there were.
+        latencies: How long they took.
     """
 
     def __init__(self, store: OpenStore, tail: Tail, commit: GroupCommit) -> None:
@@ -46,6 +49,7 @@ class Checkpointer:
         self._closed = False
         self._retry_s = _FIRST_RETRY_S
         self.checkpoints = 0
+        self.latencies = Latencies()
 
     def bind(self) -> None:
         """Serve the running loop; an earlier one must be closed."""
@@ -78,7 +82,12 @@ class Checkpointer:
             self._commit.room_changed()
             self.start()
 
-        self._worker.give(lambda: self._store.checkpoint(self._tail, generations), done)
+        self._worker.give(lambda: self._checkpoint(generations), done)
+
+    def _checkpoint(self, generations: list[Generation]) -> None:
+        started_s = time.monotonic()
+        self._store.checkpoint(self._tail, generations)
+        self.latencies.record(time.monotonic() - started_s)
 
     def _finished(self) -> list[Generation]:
         """Return the generations whose journals are finished, oldest first, without one missing between."""
@@ -116,6 +125,10 @@ class Checkpointer:
                 self._loop.call_later(_ADOPT_S, self._adopt)
 
         self._worker.give(self._store.adopt_dead_lanes, done)
+
+    def give(self, job: Job, done: Done) -> None:
+        """Run a small job in the checkpoint's thread, after what it was given before; `done` gets what it returned."""
+        self._worker.give(job, done)
 
     async def run(self, job: Callable[[], _T]) -> _T:
         """Run a job in the checkpoint's thread, after what it was given before.

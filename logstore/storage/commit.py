@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from logstore.errors import InvalidMessageError, StoreClosedError, WriteFailedError
 from logstore.storage.lane import Lane
+from logstore.storage.latency import Latencies
 from logstore.storage.options import LogOptions
 from logstore.storage.record import Event, check_stream_name, encode_frame
 from logstore.storage.tail import Generation, StreamTail, Tail
@@ -31,6 +32,8 @@ _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
 _REWRITE_EVENTS: Final = 2_000
 _SLOW_COMMIT_S: Final = 1.0
+_TIMED_ONE_IN: Final = 64
+"""Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
 
 class Failure(NamedTuple):
@@ -41,15 +44,16 @@ class Failure(NamedTuple):
 
 
 class _Batch:
-    """Events queued for one commit, in step, and who waits for it."""
+    """Events queued for one commit, in step, and who waits for it, the first since `began_s`."""
 
-    __slots__ = ("frames", "ids", "owners", "waiters")
+    __slots__ = ("began_s", "frames", "ids", "owners", "waiters")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.frames: list[bytes] = []
         self.owners: list[StreamTail] = []
         self.waiters: list[asyncio.Future[None]] = []
+        self.began_s = 0.0
 
     def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         self.ids += ids
@@ -89,6 +93,8 @@ class GroupCommit:
         appended: Events that became visible.
         commits: Batches written.
         last_error: What failed last, also after it mended.
+        append_latencies: How long appends waited for their commit.
+        commit_latencies: How long writing and syncing a batch took.
     """
 
     def __init__(
@@ -136,6 +142,8 @@ class GroupCommit:
         self.appended = 0
         self.commits = 0
         self.last_error: str | None = None
+        self.append_latencies = Latencies()
+        self.commit_latencies = Latencies()
 
     # Appending.
 
@@ -241,6 +249,8 @@ class GroupCommit:
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""
         waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
+        if not batch.waiters:
+            batch.began_s = time.monotonic()
         batch.waiters.append(waiter)
         if self._alone and not self._busy:
             self._dispatch()
@@ -277,6 +287,7 @@ class GroupCommit:
             lane.sync()
         lane.show()
         took_s = time.monotonic() - started
+        self.commit_latencies.record(took_s)
         if took_s > _SLOW_COMMIT_S:
             logger.warning("a commit to %s took %.1f s: the disk is slow", lane.journal.path, took_s)
         return lane.journal.header.number
@@ -287,6 +298,7 @@ class GroupCommit:
             return
         self._show(self._current(result), batch.ids, batch.frames, batch.owners, synced=synced)
         batch.release()
+        self.append_latencies.record(time.monotonic() - batch.began_s, len(batch.waiters))
 
     def _current(self, ordinal: int) -> Generation:
         """Return the generation of the file just written; the ones before it are finished."""
@@ -339,6 +351,8 @@ class GroupCommit:
 
     def _write_now(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         lane = self._lane
+        timed = self.commits % _TIMED_ONE_IN == 0
+        started_s = time.monotonic() if timed else 0.0
         try:
             lane.write(frames, ids[-1])
         except OSError as error:
@@ -351,6 +365,8 @@ class GroupCommit:
         lane.show()
         assert lane.journal is not None
         self._show(self._tail.generation(lane.journal.header.number), ids, frames, owners, synced=False)
+        if timed:
+            self.append_latencies.record(time.monotonic() - started_s, _TIMED_ONE_IN)
 
     def _start_sync(self) -> None:
         generations = self._tail.generations
@@ -368,7 +384,13 @@ class GroupCommit:
                 generation.synced = len(generation.ids)
 
         # Appends queue meanwhile: a write beside a sync could fail into it.
-        self._give(self._lane.sync, done)
+        self._give(self._sync, done)
+
+    def _sync(self) -> None:
+        """Sync the journal, in its thread."""
+        started_s = time.monotonic()
+        self._lane.sync()
+        self.commit_latencies.record(time.monotonic() - started_s)
 
     def rotate(self) -> None:
         """Finish the journal file, so that a checkpoint can take it."""

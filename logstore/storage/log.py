@@ -3,79 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import sqlite3
+import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from logstore.errors import GapError, StoreClosedError, UnknownEventError
+import msgspec
+
+from logstore.errors import DamageError, GapError, StoreClosedError, UnknownEventError
 from logstore.storage.catalogue import StreamSummary
 from logstore.storage.checkpointer import Checkpointer
-from logstore.storage.commit import GroupCommit
+from logstore.storage.commit import Failure, GroupCommit
+from logstore.storage.figures import Health, LogStats, ProcessStats, Publisher, is_lane_held
 from logstore.storage.files import Disk
 from logstore.storage.follow import Followers
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import parse_event_id
+from logstore.storage.lane import lane_folders
+from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import LogOptions
 from logstore.storage.reader import Reader, contiguous
-from logstore.storage.record import FIRST_PAGE_EVENTS, Event, decode_frame, next_page_events
+from logstore.storage.record import FIRST_PAGE_EVENTS, Event, decode_frame, decode_stamp, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
 _T = TypeVar("_T")
-
-
-class Health(NamedTuple):
-    """Whether the log does what its options promise.
-
-    Attributes:
-        status: `ok`; `degraded` while events are kept in memory only, or journals cannot be emptied; `closed`.
-        reason: What failed, None when nothing does.
-        since_us: Since when, microseconds since 1970, None when nothing fails.
-        volatile_events: Events that are in memory only.
-    """
-
-    status: Literal["ok", "degraded", "closed"]
-    reason: str | None
-    since_us: int | None
-    volatile_events: int
-
-
-class LogStats(NamedTuple):
-    """Figures of one open log, since it was opened.
-
-    Attributes:
-        appended: Events appended.
-        commits: Batches written to the journal.
-        checkpoints: Times that journals were emptied into segments.
-        cache_hits: Reads served from memory alone.
-        cache_misses: Reads that went to the disk.
-        volatile_events: Events that are in memory only, now.
-        memory_bytes: Memory of tail and cache, now.
-        unsegmented_bytes: Memory of the events that are in journals only, now.
-        streams: Streams in segments.
-        events: Events in segments.
-        segment_bytes: Bytes of the segments.
-        database_bytes: Bytes of catalogue, journals and segments on disk.
-    """
-
-    appended: int
-    commits: int
-    checkpoints: int
-    cache_hits: int
-    cache_misses: int
-    volatile_events: int
-    memory_bytes: int
-    unsegmented_bytes: int
-    streams: int
-    events: int
-    segment_bytes: int
-    database_bytes: int
 
 
 class Log:
@@ -97,11 +57,13 @@ class Log:
         self._tail = Tail(self.options.cache_bytes, self.options.cached_events_per_stream)
         self._parts: _Parts | None = None
         self._opening: asyncio.Future[OpenStore] | None = None
+        self._not_opened: Failure | None = None
         self._closing: asyncio.Future[None] | None = None
         self._closed = False
         self._disowned = False
         self._hits = 0
         self._misses = 0
+        self._read_latencies = Latencies()
         self.sessions = Sessions(self._session_parts)
 
     # Opening and closing.
@@ -125,7 +87,7 @@ class Log:
                 # `close` waits for the same files and gives them back.
                 raise StoreClosedError(f"the store {self.path} is closed")
             if self._parts is None:
-                self._parts = _Parts(store, self._tail, self.options, self._disk)
+                self._parts = _Parts(store, self._tail, self.options, self._disk, self._published)
                 _open_logs.add(self)
         self._parts.bind()
 
@@ -136,10 +98,14 @@ class Log:
             opening = asyncio.to_thread(OpenStore, self._disk, self.path, self.options.segment_bytes)
             self._opening = asyncio.ensure_future(opening)
         try:
-            return await asyncio.shield(self._opening)
-        except Exception:
+            store = await asyncio.shield(self._opening)
+        except Exception as error:
             self._opening = None
+            since_us = self._not_opened.since_us if self._not_opened else time.time_ns() // 1000
+            self._not_opened = Failure(str(error), since_us)
             raise
+        self._not_opened = None
+        return store
 
     async def close(self) -> None:
         """Commit and checkpoint everything, and give the lane back. Idempotent.
@@ -243,6 +209,7 @@ class Log:
             DamageError: The catalogue cannot be read.
         """
         parts = await self._ready()
+        started_s = time.monotonic()
         start = 0 if after is None else parse_event_id(after)
         if start is None:
             raise UnknownEventError(f"{str(after)[:40]!r} is not an event id")
@@ -257,6 +224,7 @@ class Log:
         else:
             self._misses += 1
             events = await parts.read(parts.reader.read, stream, start, limit, own)
+        self._read_latencies.record(time.monotonic() - started_s)
         if lost > start:
             events = [event for event in events if event.id <= lost]
             if not events:
@@ -290,15 +258,30 @@ class Log:
         if self._parts is not None:
             self._parts.commit.disown()
 
+    async def maintain(self, job: Callable[[OpenStore], _T]) -> _T:
+        """Run a job on the open files in a thread of its own, one after another, beside everything else.
+
+        `close` waits for it; a job that takes long looks at `OpenStore.stopping`.
+
+        Raises:
+            Exception: What the job raised.
+        """
+        parts = await self._ready()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(parts.maintenance_thread, job, parts.store)
+
     # Telling.
 
     def health(self) -> Health:
         """Return whether the log keeps its promises at this moment."""
+        if self._parts is None and self._not_opened is not None and not self._closed:
+            return Health("failed", *self._not_opened, 0)
         if self._parts is None or self._closed:
             return Health("closed", None, None, 0)
         commit = self._parts.commit
         if commit.failure is not None:
-            return Health("degraded", commit.failure.reason, commit.failure.since_us, commit.volatile_events)
+            refused = self.options.on_write_failure == "raise"
+            return Health("failed" if refused else "degraded", *commit.failure, commit.volatile_events)
         if commit.stuck is not None:
             return Health("degraded", f"journals cannot be emptied: {commit.stuck}", None, commit.volatile_events)
         if commit.volatile_events:
@@ -307,8 +290,14 @@ class Log:
         return Health("ok", None, None, 0)
 
     def stream_summaries(self) -> list[StreamSummary]:
-        """Return the totals of every stream, those events included that are not in segments yet."""
-        totals = {summary.stream: summary for summary in self._opened().store.catalogue.summaries()}
+        """Return the totals of every stream, those events included that are not in segments yet.
+
+        Raises:
+            DamageError: The catalogue cannot be read.
+        """
+        catalogue = self._opened().store.catalogue
+        with self._index_errors():
+            totals = {summary.stream: summary for summary in catalogue.summaries()}
         fresh: dict[str, list[bytes]] = {}
         for generation in self._tail.generations:
             for owner, frame in zip(generation.owners, generation.frames, strict=True):
@@ -331,35 +320,83 @@ class Log:
         return list(totals.values())
 
     def stats(self) -> LogStats:
-        """Return figures of this open log."""
+        """Return figures of this open log.
+
+        Raises:
+            DamageError: The catalogue cannot be read.
+        """
         parts = self._opened()
-        streams, events, segment_bytes = parts.store.catalogue.totals()
+        store = parts.store
+        with self._index_errors():
+            streams, events, segment_bytes = store.catalogue.totals()
+        folders = [folder for number, folder in lane_folders(self._disk, store.root) if number != store.lane.number]
         return LogStats(
-            appended=parts.commit.appended,
-            commits=parts.commit.commits,
-            checkpoints=parts.checkpointer.checkpoints,
-            cache_hits=self._hits,
-            cache_misses=self._misses,
-            volatile_events=parts.commit.volatile_events,
-            memory_bytes=self._tail.bytes,
-            unsegmented_bytes=self._tail.unsegmented_bytes,
+            **msgspec.structs.asdict(self._process_stats(parts)),
             streams=streams,
             events=events,
             segment_bytes=segment_bytes,
-            database_bytes=_size_on_disk(self.path, parts.store.root),
+            journal_bytes=_size_of(store.lane.folder.glob("*.journal")),
+            database_bytes=_size_on_disk(self.path, store.root),
+            open_lanes=1 + sum(is_lane_held(self._disk, folder) for folder in folders),
         )
+
+    def _process_stats(self, parts: _Parts) -> ProcessStats:
+        commit, checkpointer = parts.commit, parts.checkpointer
+        oldest = next((generation.frames[0] for generation in self._tail.generations if generation.frames), None)
+        age_us = 0 if oldest is None else time.time_ns() // 1000 - decode_stamp(oldest).time_us
+        return ProcessStats(
+            appended=commit.appended,
+            commits=commit.commits,
+            checkpoints=checkpointer.checkpoints,
+            cache_hits=self._hits,
+            cache_misses=self._misses,
+            volatile_events=commit.volatile_events,
+            memory_bytes=self._tail.bytes,
+            unsegmented_bytes=self._tail.unsegmented_bytes,
+            checkpoint_lag_s=max(0, age_us) / 1_000_000,
+            latencies={
+                "append": commit.append_latencies.summary(),
+                "commit": commit.commit_latencies.summary(),
+                "read": self._read_latencies.summary(),
+                "checkpoint": checkpointer.latencies.summary(),
+            },
+        )
+
+    def _published(self) -> tuple[Health, ProcessStats]:
+        return self.health(), self._process_stats(self._opened())
+
+    @contextlib.contextmanager
+    def _index_errors(self) -> Generator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DamageError(
+                self.path,
+                0,
+                0,
+                f"SQLite says: {error}. An open store makes a damaged index again within seconds; "
+                f"if this one does not, run `logstore reindex {self.path}`",
+            ) from error
 
 
 class _Parts:
     """Everything that an open log works with."""
 
-    def __init__(self, store: OpenStore, tail: Tail, options: LogOptions, disk: Disk) -> None:
+    def __init__(
+        self,
+        store: OpenStore,
+        tail: Tail,
+        options: LogOptions,
+        disk: Disk,
+        published: Callable[[], tuple[Health, ProcessStats]],
+    ) -> None:
         seed = frame_seed(store.store_id)
         self.store = store
         self.foreign = foreign = Foreign(disk, store.root, store.lane.number)
         self.reader = Reader(disk, store.root, store.catalogue, foreign, seed, options.retention)
         # One thread reads: its journals of other lanes need no lock, and reads of one stream cannot overtake.
         self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="logstore-read")
+        self.maintenance_thread = ThreadPoolExecutor(1, thread_name_prefix="logstore-maintenance")
         self.followers = Followers(foreign, self._read_thread)
         self.commit = GroupCommit(
             store.lane,
@@ -371,6 +408,8 @@ class _Parts:
             on_visible=self.followers.grown,
         )
         self.checkpointer = Checkpointer(store, tail, self.commit)
+        # In the checkpoint's thread: figures that wait behind one are late, an append is not.
+        self.publisher = Publisher(disk, store.lane.folder, store.lane.incarnation, published, self.checkpointer.give)
         self.commit.on_sealed = self.checkpointer.start
         self.commit.on_bind = self._bind_others
         self._tail = tail
@@ -382,6 +421,7 @@ class _Parts:
     def _bind_others(self) -> None:
         self.checkpointer.bind()
         self.followers.bind()
+        self.publisher.bind()
 
     async def read(self, question: Callable[..., _T], *arguments: Any) -> _T:
         """Ask something of the disk in the thread that reads."""
@@ -390,11 +430,15 @@ class _Parts:
 
     async def close(self) -> None:
         """Finish in order: the journal, its way into segments, the readers, the files."""
+        self.publisher.close()
+        self.store.stopping.set()
         await self.commit.close()
         self.followers.close()
+        await asyncio.to_thread(self.maintenance_thread.shutdown, cancel_futures=True)
         await self.checkpointer.close()
         await self.read(self.foreign.close)
         self._read_thread.shutdown()
+        await asyncio.to_thread(self.publisher.remove)
         await asyncio.to_thread(self.store.close, empty=not self._tail.generations)
 
 
@@ -403,6 +447,10 @@ def _size_on_disk(path: Path, root: Path) -> int:
     files = [path, path.with_name(f"{path.name}-wal")]
     for folder, _, names in os.walk(root):
         files += [Path(folder, name) for name in names]
+    return _size_of(files)
+
+
+def _size_of(files: Iterable[Path]) -> int:
     total = 0
     for file in files:
         try:

@@ -116,9 +116,9 @@ class FaultyDisk(Disk):
         self._check("unlink", path)
         super().unlink(path)
 
-    def lock(self, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:
+    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, create: bool = True) -> Lock | None:
         self._check("lock", path)
-        return super().lock(path, shared=shared, wait=wait)
+        return super().lock(path, shared=shared, wait=wait, create=create)
 
 
 class CrashDisk(Disk):
