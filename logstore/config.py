@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypedDict, get_args
 
 from logstore.errors import ConfigurationError
-from logstore.storage.options import MIB, Durability, LogOptions, WriteFailurePolicy
+from logstore.storage.options import MIB, Durability, LogOptions, Retention, WriteFailurePolicy
 
+_DAY_S: Final = 86_400
 DEFAULT_DB_PATH: Final = "InternalStorage/events.db"
 MEMORY_DB_PATH: Final = ":memory:"
 """A persistent store in a private folder that is made at first use and removed at close or exit."""
@@ -23,13 +24,16 @@ class EventStoreConfig:
     Attributes:
         persistent: Whether events are kept on disk.
         db_path: The SQLite catalogue; the log stands beside it in `<stem>-log/`. `:memory:` leaves nothing behind.
-        max_events_per_stream: Events of a stream that are kept.
+        max_events_per_stream: Events of a stream that are kept; those of the last ten minutes stay beyond that, and so
+            does the stream of a request without its answer.
         retention_days: Age at which events go.
+        max_bytes: Bytes of segments that are kept, with the same exceptions; 0 for no bound.
         memory_cache_size: Newest events of a stream that stay in memory.
         memory_cache_bytes: Budget for all events in memory.
         backup_enabled: Whether backups are made on a schedule.
         backup_interval_hours: Time between two of them.
-        backup_retention_days: Age at which backups go.
+        backup_retention_days: Age at which backups go; the newest stays.
+        maintenance_interval_s: Time between two looks at what is to be dropped, compacted, backed up and scrubbed.
         durability: What an event id in hand means: `always`, on disk; `interval`, written, and synced every
             `sync_interval_s`; `os`, written.
         sync_interval_s: See `durability`.
@@ -40,11 +44,13 @@ class EventStoreConfig:
     db_path: str | os.PathLike[str] = DEFAULT_DB_PATH
     max_events_per_stream: int = 1000
     retention_days: int = 30
+    max_bytes: int = 0
     memory_cache_size: int = 100
     memory_cache_bytes: int = 100 * MIB
     backup_enabled: bool = False
     backup_interval_hours: int = 24
     backup_retention_days: int = 7
+    maintenance_interval_s: float = 60.0
     durability: Durability = "always"
     sync_interval_s: float = 0.1
     on_write_failure: WriteFailurePolicy = "degrade"
@@ -63,7 +69,16 @@ class EventStoreConfig:
             on_write_failure=self.on_write_failure,
             sync_interval_s=self.sync_interval_s,
             memory_bytes=self.memory_cache_bytes,
-            cached_events_per_stream=self.memory_cache_size,
+            cached_events_per_stream=min(self.memory_cache_size, self.max_events_per_stream),
+            retention=self.retention(),
+        )
+
+    def retention(self) -> Retention:
+        """Return what is kept."""
+        return Retention(
+            max_age_s=self.retention_days * _DAY_S,
+            max_events=self.max_events_per_stream,
+            max_bytes=self.max_bytes or None,
         )
 
 
@@ -72,11 +87,13 @@ class EngineSettings(TypedDict, total=False):
 
     max_events_per_stream: int
     retention_days: int
+    max_bytes: int
     memory_cache_size: int
     memory_cache_bytes: int
     backup_enabled: bool
     backup_interval_hours: int
     backup_retention_days: int
+    maintenance_interval_s: float
     durability: Durability
     sync_interval_s: float
     on_write_failure: WriteFailurePolicy
@@ -119,6 +136,15 @@ def _whole(variable: str, least: int, unit: str) -> _Setting:
     )
 
 
+def _seconds(variable: str) -> _Setting:
+    return _Setting(
+        variable,
+        float,
+        lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0.001,
+        "a number of seconds, 0.001 or more",
+    )
+
+
 def _is_path(value: object) -> bool:
     return isinstance(value, str) and value != "" and "\0" not in value
 
@@ -137,18 +163,15 @@ _SETTINGS: Final[Mapping[str, _Setting]] = {
     ),
     "max_events_per_stream": _whole("EVENT_STORE_MAX_EVENTS", 1, "events"),
     "retention_days": _whole("EVENT_STORE_RETENTION_DAYS", 1, "days"),
+    "max_bytes": _whole("EVENT_STORE_MAX_BYTES", 0, "bytes"),
     "memory_cache_size": _whole("EVENT_STORE_CACHE_SIZE", 0, "events"),
     "memory_cache_bytes": _whole("EVENT_STORE_CACHE_BYTES", MIB, "bytes"),
     "backup_enabled": _switch("EVENT_STORE_BACKUP_ENABLED"),
     "backup_interval_hours": _whole("EVENT_STORE_BACKUP_INTERVAL", 1, "hours"),
     "backup_retention_days": _whole("EVENT_STORE_BACKUP_RETENTION", 1, "days"),
     "durability": _choice("EVENT_STORE_DURABILITY", get_args(Durability)),
-    "sync_interval_s": _Setting(
-        "EVENT_STORE_SYNC_INTERVAL",
-        float,
-        lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0.001,
-        "a number of seconds, 0.001 or more",
-    ),
+    "maintenance_interval_s": _seconds("EVENT_STORE_MAINTENANCE_INTERVAL"),
+    "sync_interval_s": _seconds("EVENT_STORE_SYNC_INTERVAL"),
     "on_write_failure": _choice("EVENT_STORE_ON_WRITE_FAILURE", get_args(WriteFailurePolicy)),
 }
 

@@ -15,7 +15,7 @@ import click
 from logstore import __version__
 from logstore.errors import LogstoreError
 
-_COMMANDS: Final = ("demo",)
+_COMMANDS: Final = ("demo", "compact", "maintain")
 
 
 class _Commands(click.Group):

@@ -16,11 +16,12 @@ from mcp_types import INVALID_REQUEST, ErrorData, JSONRPCError, JSONRPCMessage
 from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosedError
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
 from logstore.mcp.scope import name_in_log
-from logstore.mcp.sdk import called_by_transport, is_transport_callback
+from logstore.mcp.sdk import STANDALONE_STREAM, called_by_transport, is_transport_callback, split_transport_prefix
 from logstore.storage import (
     FIRST_PAGE_EVENTS,
     FLAG_FINAL,
     FLAG_PRIMING,
+    FLAG_REQUEST,
     Event,
     Health,
     StreamSummary,
@@ -205,7 +206,7 @@ class LogEventStore(EventStore):
         """Return whether the store keeps its promises, why not, and since when; `closed` before its first use too."""
         return Health("closed", None, None, 0) if self._log is None else self._log.health()
 
-    async def session_opened(self, key: str, data: bytes) -> None:
+    async def session_opened(self, key: str, data: bytes, stream_prefix: str) -> None:
         """Keep what is known of a session; a store that does not outlive the process keeps nothing."""
 
     async def session_ended(self, key: str) -> None:
@@ -221,12 +222,14 @@ async def store_for_transport(log: EventLog, name: str, stream_id: str, message:
         stream_id: The SDK's id of the stream.
         message: What it sends.
     """
+    # Retention by size waits for the answer of a request; the standalone stream never gets one.
+    request = 0 if split_transport_prefix(stream_id)[1] == STANDALONE_STREAM else FLAG_REQUEST
     try:
         payload, flags = encode(stream_id, message)
-        return await log.append(name, payload, flags)
+        return await log.append(name, payload, flags | request)
     except InvalidMessageError as problem:
         payload, flags = encode_substitute(message, problem)
-        return await log.append(name, payload, flags)
+        return await log.append(name, payload, flags | request)
 
 
 async def replay(log: EventLog, stream: str, after: str, send_callback: EventCallback) -> None:

@@ -115,7 +115,8 @@ class SessionScoping:
         key = _key_of(session_id)
         self._sessions[key] = session
         try:
-            await self._store.session_opened(key, msgspec.json.encode({"scope": session.token}))
+            data = msgspec.json.encode({"scope": session.token})
+            await self._store.session_opened(key, data, session.name_of(""))
         except Exception:
             # The session lives in this process all the same.
             logger.exception("a session could not be recorded")

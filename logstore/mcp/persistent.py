@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any, Unpack
 
+import msgspec
+
 from logstore.config import DEFAULT_DB_PATH, MEMORY_DB_PATH, EngineSettings, config_of
 from logstore.errors import StoreClosedError
 from logstore.mcp.base import EventLog, LogEventStore
 from logstore.mcp.private_folder import PrivateFolder
-from logstore.storage import Log
+from logstore.storage import Health, Log
 from logstore.storage.files import Disk
 
 _BYTES_PER_MB = 1 << 20
@@ -47,17 +49,21 @@ class PersistentEventStore(LogEventStore):
         self._disk = disk or Disk()
         self._folder: PrivateFolder | None = None
         self._engine: Log | None = None
+        self._schedule: Schedule | None = None
+        self._opened_last: Log | None = None
 
     async def _open(self) -> EventLog:
         if self._folder is None and self.config.db_path == MEMORY_DB_PATH:
             self._folder = await asyncio.to_thread(PrivateFolder)
-        engine = Log(self._path(), self.config.log_options(), self._disk)
+        engine = self._opened_last = Log(self._path(), self.config.log_options(), self._disk)
         await engine.open()
         self._engine = engine
         return engine
 
     async def close(self) -> None:
         """Close the store; what was acknowledged is kept as its durability says. A second call does nothing."""
+        if self._schedule is not None:
+            await self._schedule.stop()
         await super().close()
         if self._folder is not None:
             await asyncio.to_thread(self._folder.remove)
@@ -67,11 +73,19 @@ class PersistentEventStore(LogEventStore):
         """Whether `store_event` raises when the disk fails."""
         return self.config.on_write_failure == "raise"
 
+    def health(self) -> Health:
+        """Return whether the store keeps its promises, why not, and since when; `closed` before its first use too."""
+        if self._engine is None and self._opened_last is not None and not self._closed:
+            # Being opened, or it could not be.
+            return self._opened_last.health()
+        return super().health()
+
     def get_stream_stats(self) -> dict[str, dict[str, Any]]:
         """Return figures of every stream: events, bytes, first and last event id and time.
 
         Raises:
             StoreClosedError: There is a store on disk, and it was not opened yet: use it first, or `async with`.
+            DamageError: The catalogue cannot be read.
         """
         if self._engine is None:
             self._refuse_unopened()
@@ -80,11 +94,13 @@ class PersistentEventStore(LogEventStore):
     def get_database_info(self) -> dict[str, Any]:
         """Return figures of the store as a whole: where it is, how large, what it holds, how it does.
 
-        `since_open` holds those of `logstore.storage.LogStats`, cache hits and misses among them; None if not open.
+        `since_open` holds those of `logstore.storage.LogStats`: cache hits and misses, the lag of the checkpoint,
+        `latencies` by operation (`append`, `commit`, `read`, `checkpoint`) and more; None if not open.
         Reads the catalogue, so it is for people and monitoring, not for every request.
 
         Raises:
             StoreClosedError: There is a store on disk, and it was not opened yet: use it first, or `async with`.
+            DamageError: The catalogue cannot be read.
         """
         if self._engine is None:
             self._refuse_unopened()
@@ -99,14 +115,14 @@ class PersistentEventStore(LogEventStore):
             "total_streams": len(summaries),
             "durability": self.config.durability,
             "health": self.health()._asdict(),
-            "since_open": None if stats is None else stats._asdict(),
+            "since_open": None if stats is None else msgspec.to_builtins(stats),
         }
 
-    async def session_opened(self, key: str, data: bytes) -> None:
+    async def session_opened(self, key: str, data: bytes, stream_prefix: str) -> None:
         """Record a session in the store's registry; on return it is on disk."""
         await self.log()
         assert self._engine is not None
-        await self._engine.sessions.open(key, data)
+        await self._engine.sessions.open(key, data, stream_prefix)
 
     async def session_ended(self, key: str) -> None:
         """Record the end of a session; on return it is on disk."""

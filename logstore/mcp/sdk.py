@@ -11,6 +11,9 @@ from typing import Final
 TRANSPORT_MODULE: Final = "mcp.server.streamable_http"
 """The module of the transport that stores events and asks for replays."""
 
+STANDALONE_STREAM: Final = "_GET_stream"
+"""The stream that belongs to no request, and never ends. Source: `GET_STREAM_KEY` in the transport's module."""
+
 
 def is_transport_callback(callback: object) -> bool:
     """Whether the SDK's transport itself asks for this replay, so that what is sent goes to a client.

@@ -22,7 +22,7 @@ from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_ind
 from logstore.storage.lane import Lane, Marks, journal_ordinals, lane_folders, read_reservation
 from logstore.storage.recovery import adopt_lane
 from logstore.storage.registry import Registry
-from logstore.storage.replacement import claim_store, finish_replacing, is_replacing, remove_waste
+from logstore.storage.replacement import finish_replacing, is_replacing, remove_waste
 from logstore.storage.segment import segment_numbers, segment_path
 from logstore.storage.tail import Generation, Tail
 
@@ -30,6 +30,11 @@ logger = logging.getLogger("logstore")
 
 _WAIT_S: Final = 0.01
 _PATIENCE_S: Final = 30.0
+_SWITCH_S: Final = 1.0
+"""More than it takes to put a restored store in its place."""
+_LOCK_LOOK_S: Final = 0.001
+_LOCK_PATIENCE_S: Final = 300.0
+"""Longer than it takes to make the index of a hundred million events again."""
 _PROBE_BYTES: Final = 64 << 10
 
 
@@ -142,23 +147,27 @@ class OpenStore:
         self._wait_for_void_lanes()
 
     def _share_store(self) -> Lock:
+        """Return the lock that every open store shares; an interrupted restore is finished first."""
         path = self.root / "store.lock"
+        patience = time.monotonic() + _SWITCH_S
         while True:
-            # Once it is decided that another store takes the place, that is done in a moment.
-            lock = self.disk.lock(path, shared=True, wait=is_replacing(self.root))
+            replacing = is_replacing(self.root)
+            lock = self.disk.lock(path, shared=not replacing)
             if lock is None:
-                pids = lock_holders(path)
-                raise StoreLockedError(
-                    f"{self._path} is being replaced by process {pids}; try again when it is done", pids
-                )
-            if not is_replacing(self.root):
+                if time.monotonic() > patience:
+                    pids = lock_holders(path)
+                    raise StoreLockedError(
+                        f"{self._path} is being replaced by process {pids}; try again when it is done", pids
+                    )
+                time.sleep(_WAIT_S)
+            elif not replacing and not is_replacing(self.root):
                 self._remove_waste()
                 return lock
-            lock.release()
-            with claim_store(self.disk, self._path, self.root, wait=True):
-                if is_replacing(self.root):
-                    logger.warning("%s: a restore was interrupted; it is finished now", self._path)
-                    finish_replacing(self.disk, self._path, self.root)
+            else:
+                with lock:
+                    if replacing and is_replacing(self.root):
+                        logger.warning("%s: a restore was interrupted; it is finished now", self._path)
+                        finish_replacing(self.disk, self._path, self.root)
 
     def _remove_waste(self) -> None:
         try:
@@ -224,7 +233,7 @@ class OpenStore:
                 indexed = make_index(self.disk, self.root, self._path, self.store_id, progress)
             self.catalogue.open()
             self.registry.all_changed()
-            self._copy_sessions()
+            self.copy_sessions()
         return indexed
 
     def _set_catalogue_aside(self) -> None:
@@ -238,9 +247,18 @@ class OpenStore:
         self.disk.sync_folder(self._path.parent)
 
     def checkpoint_lock(self) -> Lock:
-        """Wait for the lock that the writer of segments and catalogue holds."""
-        lock = self.disk.lock(self.root / "checkpoint.lock", wait=True)
-        assert lock is not None
+        """Wait for the lock that the writer of segments and catalogue holds.
+
+        Raises:
+            StoreLockedError: Its holder does not get on.
+        """
+        path = self.root / "checkpoint.lock"
+        patience = time.monotonic() + _LOCK_PATIENCE_S
+        while (lock := self.disk.lock(path)) is None:
+            if time.monotonic() > patience:
+                pids = lock_holders(path)
+                raise StoreLockedError(f"process {pids} holds {path} and does not get on: is it stopped?", pids)
+            time.sleep(_LOCK_LOOK_S)
         return lock
 
     def compaction_lock(self) -> Lock | None:
@@ -291,9 +309,9 @@ class OpenStore:
         with self.checkpoint_lock():
             self._keep_catalogue()
             self.segments.write(tail.runs(generations), journals, time.time_ns() // 1000)
-            self._copy_sessions()
+            self.copy_sessions()
 
-    def _copy_sessions(self) -> None:
+    def copy_sessions(self) -> None:
         """Show sessions in the catalogue as the registry has them; what fails here the next checkpoint does."""
         try:
             changes = self.registry.changes()

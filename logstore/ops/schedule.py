@@ -1,0 +1,69 @@
+"""Maintenance of a store while it runs.
+
+Every process that has the store open looks now and then; locks see to it that one of them does the work, for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Final
+
+from logstore.errors import LogstoreError
+from logstore.ops.maintenance import Tasks, run_round
+from logstore.storage import Log
+from logstore.storage.opening import OpenStore
+
+logger = logging.getLogger("logstore")
+
+_IDLE_SEGMENT_S: Final = 60.0
+"""A stream that was silent as long gives up its open segment, so that compaction may have it."""
+
+
+class Schedule:
+    """Runs rounds of maintenance beside an open log. Used on the event loop.
+
+    Args:
+        log: The open log.
+        tasks: What is to be done.
+        interval_s: Time between the end of a round and the next.
+
+    Attributes:
+        last: What the last round did, None before the first has ended.
+    """
+
+    def __init__(self, log: Log, tasks: Tasks, interval_s: float) -> None:
+        self._log = log
+        self._tasks = tasks
+        self._interval_s = interval_s
+        self._running: asyncio.Task[None] | None = None
+        self.last: dict[str, Any] | None = None
+
+    def start(self) -> None:
+        """Begin; the first round comes after the interval."""
+        self._running = asyncio.get_running_loop().create_task(self._run(), name="logstore-schedule")
+
+    async def stop(self) -> None:
+        """End; a round under way goes on in its thread, and the closing of the log waits for it."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                self.last = await self._log.maintain(self._round)
+            except Exception:
+                # Nobody waits for this task: ended by an error it would leave the store to grow.
+                logger.exception("a round of maintenance failed, the next one tries again")
+
+    def _round(self, store: OpenStore) -> dict[str, Any]:
+        try:
+            store.seal_idle_segments(time.time_ns() // 1000 - int(_IDLE_SEGMENT_S * 1_000_000))
+        except LogstoreError as error:
+            logger.warning("idle segments stay open: %s", error)
+        return run_round(store, self._tasks)
