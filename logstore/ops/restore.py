@@ -149,14 +149,14 @@ class _Restore:
         self._staged_root = log_folder(self._staged)
         self._progress = progress
         self._dropped = b""
-        self._is_in_place = False
+        self._is_decided = False
 
     def standing(self) -> str:
         """Say which store is there after the disk refused."""
-        if self._is_in_place:
-            return f"the restored store is at {self._path}; but the disk refuses"
         if is_replacing(self._root):
             return f"the restored store is whole, and takes its place when {self._path} is opened next"
+        if self._is_decided:
+            return f"the restored store is in its place at {self._path}, but the disk refuses"
         return f"nothing was restored, {self._path} is as it was"
 
     def run(self, until: datetime | None) -> RestoreResult:
@@ -173,8 +173,8 @@ class _Restore:
                 with contextlib.suppress(OSError):
                     remove_waste(self._disk, self._root)
             raise
+        self._is_decided = True
         finish_replacing(self._disk, self._path, self._root)
-        self._is_in_place = True
         self._remove_old()
         return RestoreResult(
             path=str(self._path),

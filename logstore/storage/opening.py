@@ -106,7 +106,9 @@ class OpenStore:
 
     def _open(self, undo: contextlib.ExitStack, mend: bool) -> None:
         disk, root = self.disk, self.root
-        self._refuse_foreign_file()
+        # While a restored store is put in its place, files come and go; what is there then is ours.
+        if not is_replacing(root):
+            self._refuse_foreign_file()
         disk.make_folder(self._path.parent)
         refuse_unsupported_place(self._path.parent)
         disk.make_folder(root)

@@ -29,20 +29,19 @@ _PARTS: Final = ("segments", "lanes", "damaged", "registry.log")
 _SQLITE_FILES: Final = ("", "-wal", "-shm")
 
 
-def claim_store(disk: Disk, path: Path, root: Path, *, wait: bool = False) -> Lock:
+def claim_store(disk: Disk, path: Path, root: Path) -> Lock:
     """Return the lock of a store that nobody has open, made when there is no store.
 
     Args:
         disk: The file door.
         path: The catalogue.
         root: The log folder.
-        wait: Whether to wait for those who have it open.
 
     Raises:
         StoreLockedError: Processes have it open.
     """
     disk.make_folder(root)
-    lock = disk.lock(root / "store.lock", wait=wait)
+    lock = disk.lock(root / "store.lock")
     if lock is None:
         pids = lock_holders(root / "store.lock")
         raise StoreLockedError(f"{path} is open in process {', '.join(map(str, pids)) or '?'}; stop that first", pids)
