@@ -34,18 +34,13 @@ def command(
     Without an option it drops only what belongs to ended sessions. By --max-events and --max-bytes go neither events
     of the last ten minutes nor requests that wait for their answer.
     """
-    from logstore.ops.access import open_existing
-    from logstore.ops.compaction import compact
+    from logstore.ops.compaction import compact_at
     from logstore.storage.options import Retention
 
     age_s = None if retention_days is None else retention_days * 86_400
     retention = Retention(max_age_s=age_s, max_events=max_events, max_bytes=max_bytes)
-    store = open_existing(db)
-    try:
-        with ProgressLine() as progress:
-            done = compact(store, retention, dry_run=dry_run, progress=progress)
-    finally:
-        store.close(empty=True)
+    with ProgressLine() as progress:
+        done = compact_at(db, retention, dry_run=dry_run, progress=progress)
     dropped = [each._asdict() for each in done.dropped]
     if as_json:
         say_json({**done._asdict(), "dropped": dropped, "dry_run": dry_run})

@@ -13,6 +13,7 @@ from logstore.config import DEFAULT_DB_PATH, MEMORY_DB_PATH, EngineSettings, con
 from logstore.errors import StoreClosedError
 from logstore.mcp.base import EventLog, LogEventStore
 from logstore.mcp.private_folder import PrivateFolder
+from logstore.ops.schedule import Schedule
 from logstore.storage import Health, Log
 from logstore.storage.files import Disk
 
@@ -58,6 +59,8 @@ class PersistentEventStore(LogEventStore):
         engine = self._opened_last = Log(self._path(), self.config.log_options(), self._disk)
         await engine.open()
         self._engine = engine
+        self._schedule = Schedule.of(self.config, engine)
+        self._schedule.start()
         return engine
 
     async def close(self) -> None:

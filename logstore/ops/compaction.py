@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
-from logstore.errors import DamageError, StoreLockedError
+from logstore.errors import DamageError, StoreLockedError, WriteFailedError
+from logstore.ops.access import open_existing
 from logstore.ops.progress import Progress, silent
 from logstore.ops.retention import Dropped, drop, planned
 from logstore.ops.rewrite import Moving, Rewriter
 from logstore.ops.sweep import Swept, remove_unpublished_segments, sweep
 from logstore.storage.catalogue import Extent, connect
-from logstore.storage.files import lock_holders
+from logstore.storage.files import Disk, is_disk_full, lock_holders
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
-from logstore.storage.opening import OpenStore
+from logstore.storage.opening import OpenStore, log_folder, reserve_path
 from logstore.storage.options import MIB, Retention
 from logstore.storage.segment import segment_path
+
+logger = logging.getLogger("logstore")
 
 _SEGMENT_BYTES: Final = 8 * MIB
 _SMALL_BYTES: Final = 1 * MIB
@@ -97,21 +102,63 @@ def compact(
         pids = lock_holders(store.root / "compaction.lock")
         raise StoreLockedError(f"process {pids} compacts {store.root} at this moment; it is done for all", pids)
     with lock:
-        remove_unpublished_segments(store)
-        dropped, inode = _drop(store, retention, now_us, progress)
-        ragged = _close_abandoned(store, inode)
-        # Room first: what retention let go makes place for what is written anew.
-        swept = [sweep(store, inode, (), progress)]
-        rewriter = Rewriter(store, inode, segment_bytes)
-        with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
-            _choose(reader, ragged, segment_bytes)
-            rewriter.move(_runs_to_move(reader, progress))
-        if rewriter.segments or ragged:
-            swept.append(sweep(store, inode, ragged, progress))
-    return _result(dropped, rewriter, swept, time.monotonic() - started)
+        try:
+            done = _pass(store, retention, now_us, segment_bytes, progress)
+        except (OSError, sqlite3.Error) as error:
+            if not is_disk_full(error) or not give_reserve(store.disk, store.root):
+                raise
+            # Dropping needs a little room to make a lot of it.
+            done = _pass(store, retention, now_us, segment_bytes, progress)
+        store.keep_reserve()
+    return done._replace(seconds=time.monotonic() - started)
 
 
-def _result(dropped: list[Dropped], rewriter: Rewriter, swept: list[Swept], seconds: float) -> Compacted:
+def compact_at(path: Path, retention: Retention, *, dry_run: bool = False, progress: Progress = silent) -> Compacted:
+    """Open the store at a path, `compact` it, and close it. Works on a full disk too, once.
+
+    Raises:
+        NotAStoreError: There is no store at the path.
+        LogstoreError, OSError, sqlite3.Error: As `OpenStore` and `compact`.
+    """
+    try:
+        store = open_existing(path)
+    except WriteFailedError as error:
+        full = error.__cause__ is not None and is_disk_full(error.__cause__)
+        if not full or not give_reserve(Disk(), log_folder(path)):
+            raise
+        store = open_existing(path)
+    try:
+        return compact(store, retention, dry_run=dry_run, progress=progress)
+    finally:
+        store.close(empty=True)
+
+
+def give_reserve(disk: Disk, root: Path) -> bool:
+    """Give back the room that is kept for retention; False when there is none."""
+    path = reserve_path(root)
+    there = path.exists()
+    disk.unlink(path)
+    if there:
+        logger.warning("the disk is full: what was kept in reserve is given to retention")
+    return there
+
+
+def _pass(store: OpenStore, retention: Retention, now_us: int, segment_bytes: int, progress: Progress) -> Compacted:
+    remove_unpublished_segments(store)
+    dropped, inode = _drop(store, retention, now_us, progress)
+    ragged = _close_abandoned(store, inode)
+    # Room first: what retention let go makes place for what is written anew.
+    swept = [sweep(store, inode, (), progress)]
+    rewriter = Rewriter(store, inode, segment_bytes)
+    with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
+        _choose(reader, ragged, segment_bytes)
+        rewriter.move(_runs_to_move(reader, progress))
+    if rewriter.segments or ragged:
+        swept.append(sweep(store, inode, ragged, progress))
+    return _result(dropped, rewriter, swept)
+
+
+def _result(dropped: list[Dropped], rewriter: Rewriter, swept: list[Swept]) -> Compacted:
     return Compacted(
         dropped=dropped,
         moved_events=rewriter.events,
@@ -121,7 +168,7 @@ def _result(dropped: list[Dropped], rewriter: Rewriter, swept: list[Swept], seco
         removed_bytes=sum(each.bytes for each in swept),
         waiting_segments=swept[-1].waiting,
         damaged_segments=sorted(rewriter.damaged),
-        seconds=seconds,
+        seconds=0.0,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from typing import Any, Final
 
+from logstore.config import EventStoreConfig
 from logstore.errors import LogstoreError
 from logstore.ops.maintenance import Tasks, run_round
 from logstore.storage import Log
@@ -40,6 +41,11 @@ class Schedule:
         self._interval_s = interval_s
         self._running: asyncio.Task[None] | None = None
         self.last: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: EventStoreConfig, log: Log) -> Schedule:
+        """Return the schedule that a configuration asks for."""
+        return cls(log, Tasks.of(config, log.path), config.maintenance_interval_s)
 
     def start(self) -> None:
         """Begin; the first round comes after the interval."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sqlite3
 import sys
 import weakref
 from pathlib import Path
@@ -119,6 +120,17 @@ class Disk:
         if self.size(fd) < length:
             os.ftruncate(fd, length)
 
+    def allocate(self, fd: int, length: int) -> None:
+        """Take the blocks of a file of zeros that is at least `length` bytes long.
+
+        Raises:
+            OSError: There is no room for it.
+        """
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, length)
+        else:
+            self.write(fd, bytes(length), 0)
+
     def inode(self, fd: int) -> int:
         """Return the number that tells an open file from another one put in its place."""
         return os.fstat(fd).st_ino
@@ -210,6 +222,13 @@ class Disk:
             lock.close()
             raise
         return lock
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of the system, or of SQLite, says that there is no room."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_FULL
 
 
 def lock_holders(path: Path) -> list[int]:

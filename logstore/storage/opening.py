@@ -35,12 +35,19 @@ _SWITCH_S: Final = 1.0
 _LOCK_LOOK_S: Final = 0.001
 _LOCK_PATIENCE_S: Final = 300.0
 """Longer than it takes to make the index of a hundred million events again."""
+_RESERVE_BYTES: Final = 8 << 20
+_RESERVE_FROM_BYTES: Final = 64 << 20
 _PROBE_BYTES: Final = 64 << 10
 
 
 def log_folder(path: Path) -> Path:
     """Return the folder of the log that belongs to a catalogue: `events-log` beside `events.db`."""
     return path.with_name(f"{path.stem}-log")
+
+
+def reserve_path(root: Path) -> Path:
+    """Return the path of a file that only takes room, see `OpenStore.keep_reserve`."""
+    return root / "reserve"
 
 
 class OpenStore:
@@ -289,6 +296,24 @@ class OpenStore:
             with self.catalogue.transaction():
                 yield self.catalogue
             self.catalogue.shrink_wal()
+
+    def keep_reserve(self) -> None:
+        """Keep some room that `give_reserve` can give back, when the disk is full and retention needs it to make more.
+
+        Not in a store so small that there is nothing to gain.
+        """
+        path = reserve_path(self.root)
+        if path.exists() or self.catalogue.totals()[2] < _RESERVE_FROM_BYTES:
+            return
+        try:
+            fd = self.disk.create(path)
+            try:
+                self.disk.allocate(fd, _RESERVE_BYTES)
+            finally:
+                self.disk.close(fd)
+        except OSError as error:
+            logger.warning("no room can be kept in reserve for retention: %s", error)
+            self.disk.unlink(path)
 
     def seal_idle_segments(self, before_us: int) -> None:
         """Seal this process's segments that were last written before a time.

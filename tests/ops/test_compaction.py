@@ -1,4 +1,4 @@
-"""Retention drops what it should and nothing else; compaction moves what is left; who reads meanwhile does not notice."""
+"""Retention drops what it should and nothing else; compaction moves what is left; readers do not notice."""
 
 from __future__ import annotations
 
