@@ -15,7 +15,7 @@ import click
 from logstore import __version__
 from logstore.errors import LogstoreError
 
-_COMMANDS: Final = ("demo", "compact", "maintain")
+_COMMANDS: Final = ("demo", "compact", "backup", "restore", "maintain")
 
 
 class _Commands(click.Group):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner, Result
 
+from logstore.cli import main
 from logstore.errors import DamageError, FormatVersionError, StoreLockedError
 from logstore.ops.backup import create_backup
 from logstore.ops.manifest import Manifest, encode_manifest, manifest_key, read_manifest, time_of
@@ -542,3 +547,67 @@ def test_a_copy_that_cannot_be_written_is_restored(path: Path, pool: Path, other
     restore(pool, other)
     assert not (pool / "pool.lock").exists()
     assert contents(other) == contents(path)
+
+
+# The command.
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_commands_back_up_list_and_restore(path: Path, pool: Path, other: Path) -> None:
+    write(path, 10)
+    done = run("backup", path, "--to", pool, "--json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert figures["bytes_copied"] > 0
+    assert (figures["events"], figures["bytes_reused"], figures["deleted"], figures["damaged"]) == (40, 0, 0, [])
+    aged(pool, 9)
+    again = run("backup", path, "--to", pool, "--delete-older-than", "7")
+    assert again.exit_code == 0, again.output
+    assert "old ones removed  1" in again.stdout
+    listed = json.loads(run("backup", path, "--to", pool, "--list", "--json").stdout)
+    assert [(backup["events"], backup["problem"]) for backup in listed] == [(40, None)]
+    assert "whole" in run("backup", path, "--to", pool, "--list").stdout
+    restored = run("restore", listed[0]["path"], other, "--json")
+    assert restored.exit_code == 0, restored.output
+    assert json.loads(restored.stdout)["events"] == 40
+    assert contents(other) == contents(path)
+    assert run("restore", pool, other, "--until", "2020-01-01T00:00:00Z").exit_code == 0
+    assert contents(other) == {stream: [] for stream in STREAMS}
+
+
+def test_the_commands_refuse_in_one_line(path: Path, pool: Path, other: Path) -> None:
+    assert run("backup", path).exit_code == 1
+    write(path, 10)
+    assert run("backup", path).exit_code == 0
+    assert default_backups(path).is_dir()
+    with opened(path):
+        refused = run("restore", default_backups(path), path)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert str(os.getpid()) in refused.stderr
+    next(path.parent.glob("events-backups/objects/*/*")).unlink()
+    refused = run("restore", default_backups(path), path)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert run("backup", path, "--list").exit_code == 1
+    assert run("restore", pool, other, "--until", "yesterday").exit_code == 2
+    assert run("backup", path, "--list", "--delete-older-than", "1").exit_code == 2
+
+
+def test_the_command_says_what_was_damaged(path: Path, pool: Path, other: Path) -> None:
+    write(path, 300)
+    flip(sealed(path)[0], 200)
+    done = run("backup", path, "--to", pool)
+    assert done.exit_code == 1
+    assert "damaged" in done.stderr
+    done = run("restore", pool, other)
+    assert done.exit_code == 1
+    assert "damaged" in done.stderr
+
+
+def test_the_script_is_the_command(path: Path) -> None:
+    write(path, 1)
+    script = Path(__file__).parents[2] / "tools" / "backup.py"
+    done = subprocess.run([sys.executable, str(script), str(path), "--json"], capture_output=True, check=True)
+    assert Path(json.loads(done.stdout)["path"]).exists()
