@@ -1,4 +1,4 @@
-"""Recovery: what a dead process left in its lane goes to segments; a lost catalogue is made again.
+"""Recovery: what a dead process left in its lane goes to segments.
 
 The caller holds the lock of the lane, and the checkpoint lock.
 """
@@ -6,22 +6,20 @@ The caller holds the lock of the lane, and the checkpoint lock.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from logstore.errors import DamageError
-from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
+from logstore.storage.catalogue import Catalogue
 from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk
-from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header, frame_seed
+from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header
 from logstore.storage.journal import JournalScan, scan_headless, scan_journal
 from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path, remove_unpublished
-from logstore.storage.record import Event, decode_frame, salvage_frames
-from logstore.storage.segment import segment_numbers, segment_path
+from logstore.storage.record import decode_frame
+from logstore.storage.scan import read_from_device
 from logstore.storage.tail import Run
 
 logger = logging.getLogger("logstore")
@@ -139,20 +137,6 @@ def _recover_journal(
     return scan
 
 
-def read_from_device(disk: Disk, path: Path) -> bytes:
-    """Return a whole file as the device has it.
-
-    After a failed sync the page cache shows what the disk may not hold: it is written out, then forgotten, then read.
-    """
-    fd = disk.open(path, write=True)
-    try:
-        disk.sync(fd)
-        disk.forget_cache(fd)
-        return disk.read(fd, disk.size(fd), 0)
-    finally:
-        disk.close(fd)
-
-
 def _keep_aside(disk: Disk, root: Path, name: str, data: bytes) -> Path:
     path = root / "damaged" / name
     disk.make_folder(path.parent)
@@ -167,107 +151,3 @@ def _runs(frames: list[bytes]) -> list[Run]:
         event = decode_frame(frame)
         grouped.setdefault(event.stream, {})[event.id] = frame
     return [Run(stream, ids := sorted(events), [events[i] for i in ids]) for stream, events in grouped.items()]
-
-
-class _Found(NamedTuple):
-    """An event in a segment."""
-
-    event: Event
-    offset: int
-    length: int
-
-
-def reindex(disk: Disk, root: Path, catalogue: Catalogue, store_id: int) -> int:
-    """Index what segments hold and the catalogue does not know: it is new, or older than they are.
-
-    Returns:
-        The number of events in the segments that were not known whole.
-
-    Raises:
-        FormatVersionError: A newer release wrote a segment.
-    """
-    total = 0
-    known = catalogue.segment_sizes()
-    # The index must not name a file whose entry in the folder a power cut can still take.
-    disk.sync_folder(root / "segments")
-    for number in segment_numbers(disk, root):
-        path = segment_path(root, number)
-        if path.stat().st_size <= known.get(number, 0):
-            continue
-        data = read_from_device(disk, path)
-        if len(data) < HEADER_BYTES:
-            # Only being made when its writer died: nothing was ever in it.
-            continue
-        try:
-            decode_header(data, path, KIND_SEGMENT)
-        except DamageError as error:
-            logger.error("%s", error)
-            with catalogue.transaction():
-                catalogue.add_damage(f"segments/{path.name}", 0, len(data), None, str(error), f"segments/{path.name}")
-        total += _index_segment(catalogue, number, path, data, store_id)
-    return total
-
-
-def _index_segment(catalogue: Catalogue, number: int, path: Path, data: bytes, store_id: int) -> int:
-    """Index a whole segment in the place of what is known of it; events that another one has stay there."""
-    found = [
-        _Found(decode_frame(frame), offset, len(frame)) for offset, frame in salvage_frames(data, frame_seed(store_id))
-    ]
-    # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again.
-    homes = catalogue.indexed([each.event.id for each in found])
-    found = [each for each in found if homes.get(each.event.id, number) == number]
-    runs = list(_contiguous(found))
-    with catalogue.transaction():
-        catalogue.forget_segment(number)
-        numbers = catalogue.add_streams(list(dict.fromkeys(run[0].event.stream for run in runs)))
-        ids = [numbers[run[0].event.stream] for run in runs]
-        catalogue.put_segments(
-            [
-                SegmentRow(
-                    segment_id=number,
-                    stream_id=ids[0] if len(set(ids)) == 1 else None,
-                    file=f"segments/{path.name}",
-                    bytes=len(data),
-                    events=len(found),
-                    first_id=min((each.event.id for each in found), default=0),
-                    last_id=max((each.event.id for each in found), default=0),
-                    sealed=True,
-                    sha256=hashlib.sha256(data).hexdigest(),
-                )
-            ]
-        )
-        for run, stream_id in zip(runs, ids, strict=True):
-            catalogue.add_events((each.event.id, stream_id, number, each.offset, each.length) for each in run)
-        catalogue.add_extents(_extent(run, stream_id, number) for run, stream_id in zip(runs, ids, strict=True))
-    return len(found)
-
-
-def _contiguous(found: list[_Found]) -> Iterator[list[_Found]]:
-    """Split the events of a segment into runs of one stream without bytes between."""
-    run: list[_Found] = []
-    for each in found:
-        if run:
-            last = run[-1]
-            follows = last.offset + last.length == each.offset and last.event.id < each.event.id
-            if last.event.stream != each.event.stream or not follows:
-                yield run
-                run = []
-        run.append(each)
-    if run:
-        yield run
-
-
-def _extent(run: list[_Found], stream_id: int, number: int) -> Extent:
-    first, last = run[0], run[-1]
-    return Extent(
-        stream_id=stream_id,
-        first_id=first.event.id,
-        last_id=last.event.id,
-        segment_id=number,
-        offset=first.offset,
-        length=last.offset + last.length - first.offset,
-        events=len(run),
-        first_time_us=first.event.time_us,
-        last_time_us=last.event.time_us,
-        last_flags=last.event.flags,
-    )
