@@ -103,6 +103,72 @@ def _add_operating(db: Database) -> None:
     db.table("imports").create({"source": str, "source_id": str, "event_id": int}, pk=("source", "source_id"))
 
 
+_VIEWS: Final = {
+    "stream_summary": """
+        select streams.stream_id, streams.name, coalesce(sum(extents.events), 0) as events,
+               coalesce(sum(extents.length), 0) as bytes,
+               min(extents.first_id) as first_id, max(extents.last_id) as last_id,
+               datetime(min(extents.first_time_us) / 1000000, 'unixepoch') as first_event,
+               datetime(max(extents.last_time_us) / 1000000, 'unixepoch') as last_event,
+               strftime('%s', 'now') - max(extents.last_time_us) / 1000000 as age_s,
+               count(distinct extents.segment_id) as segments,
+               streams.dropped_id, streams.dropped_at
+        from streams left join extents using (stream_id) group by streams.stream_id
+        """,
+    "segment_health": """
+        select segments.segment_id, segments.file, coalesce(streams.name, '(pack)') as stream,
+               coalesce(live.streams, 0) as streams, segments.bytes, coalesce(live.bytes, 0) as live_bytes,
+               segments.events, coalesce(live.events, 0) as live_events,
+               round(100.0 * coalesce(live.events, 0) / segments.events, 1) as live_percent, segments.sealed, segments.dropped,
+               datetime(live.first_time_us / 1000000, 'unixepoch') as first_event,
+               datetime(live.last_time_us / 1000000, 'unixepoch') as last_event,
+               strftime('%s', 'now') - live.last_time_us / 1000000 as age_s,
+               segments.created_at
+        from segments left join streams using (stream_id) left join (
+            select segment_id, count(distinct stream_id) as streams, sum(length) as bytes, sum(events) as events,
+                   min(first_time_us) as first_time_us, max(last_time_us) as last_time_us
+            from extents group by segment_id
+        ) as live using (segment_id)
+        """,
+    # The character after the last one that a name can begin with ends the range, so that the index on names serves.
+    "session_summary": """
+        select sessions.session_hash, case when sessions.ended_at is null then 'open' else 'ended' end as state,
+               sessions.opened_at, sessions.ended_at,
+               strftime('%s', coalesce(sessions.ended_at, 'now')) - strftime('%s', sessions.opened_at) as lasted_s,
+               strftime('%s', 'now') - max(extents.last_time_us) / 1000000 as age_s,
+               count(distinct extents.stream_id) as streams, coalesce(sum(extents.events), 0) as events,
+               coalesce(sum(extents.length), 0) as bytes, sessions.stream_prefix, sessions.incarnation
+        from sessions
+        left join streams on sessions.stream_prefix != '' and streams.name >= sessions.stream_prefix
+            and streams.name < sessions.stream_prefix || char(1114111)
+        left join extents using (stream_id)
+        group by sessions.session_hash
+        """,
+    "store_summary": """
+        select (select count(*) from (select distinct stream_id from extents)) as streams,
+               coalesce(sum(extents.events), 0) as events,
+               datetime(min(extents.first_time_us) / 1000000, 'unixepoch') as first_event,
+               datetime(max(extents.last_time_us) / 1000000, 'unixepoch') as last_event,
+               strftime('%s', 'now') - max(extents.last_time_us) / 1000000 as age_s,
+               (select count(*) from segments where not dropped) as segments,
+               (select coalesce(sum(bytes), 0) from segments where not dropped) as segment_bytes,
+               coalesce(sum(extents.length), 0) as live_bytes,
+               (select count(*) from sessions where ended_at is null) as open_sessions,
+               (select count(*) from sessions where ended_at is not null) as ended_sessions,
+               (select count(*) from damage) as damaged_places
+        from extents
+        """,
+}
+"""Sizes in bytes, times in UTC, `age_s` in seconds since the newest event."""
+
+
+@_migrations(name="0003_views")
+def _make_views(db: Database) -> None:
+    for name, sql in _VIEWS.items():
+        db.execute(f"drop view if exists {name}")
+        db.create_view(name, sql)
+
+
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring a database that is empty, or of an older release, to this schema."""
     database = Database(connection)
