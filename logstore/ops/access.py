@@ -17,7 +17,8 @@ from logstore.errors import DamageError, GapError, NotAStoreError, StoreLockedEr
 from logstore.storage.catalogue import Catalogue, StreamSummary, inspect_file
 from logstore.storage.files import Disk, Lock, lock_holders
 from logstore.storage.foreign import Foreign
-from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, KIND_SEGMENT, decode_header, frame_seed
+from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_REGISTRY, KIND_SEGMENT, decode_header, frame_seed
+from logstore.storage.lane import journal_ordinals, journal_path, lane_folders
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions, Retention
 from logstore.storage.reader import Reader, contiguous
@@ -118,6 +119,11 @@ class StoreView:
     def _find_store_id(self) -> int | None:
         files = [(self.root / "registry.log", KIND_REGISTRY)]
         files += [(segment_path(self.root, number), KIND_SEGMENT) for number in segment_numbers(self.disk, self.root)]
+        files += [
+            (journal_path(folder, ordinal), KIND_JOURNAL)
+            for _, folder in lane_folders(self.disk, self.root)
+            for ordinal in journal_ordinals(self.disk, folder)
+        ]
         for path, kind in files:
             try:
                 fd = self.disk.open(path)

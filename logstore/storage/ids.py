@@ -63,6 +63,11 @@ def lane_of(event_id: int) -> int:
     return event_id >> _COUNTER_BITS & (LANE_COUNT - 1)
 
 
+def time_ms_of(event_id: int) -> int:
+    """Return when an id was drawn, milliseconds since 1970; later than the clock said after a burst or a step back."""
+    return event_id >> _MILLISECOND_SHIFT
+
+
 def later(event_id: int, milliseconds: int) -> int:
     """Return the smallest id `milliseconds` after the given one."""
     return ((event_id >> _MILLISECOND_SHIFT) + milliseconds) << _MILLISECOND_SHIFT

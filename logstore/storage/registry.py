@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import struct
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -34,9 +35,9 @@ _MAX_ENTRY_BYTES: Final = 1 << 20
 _REWRITE_ENTRIES: Final = 10_000
 """Outdated entries that make a rewrite worth it."""
 
-_OPENED: Final = 1
-_OWNED: Final = 2
-_ENDED: Final = 3
+OPENED: Final = 1
+OWNED: Final = 2
+ENDED: Final = 3
 
 
 class Session(NamedTuple):
@@ -67,7 +68,9 @@ class SessionChange(NamedTuple):
     stream_prefix: str = ""
 
 
-class _Entry(msgspec.Struct, array_like=True, frozen=True):
+class Entry(msgspec.Struct, array_like=True, frozen=True):
+    """One line of the registry: a session was opened, taken over, or ended."""
+
     kind: int
     key: str
     incarnation: int
@@ -77,14 +80,14 @@ class _Entry(msgspec.Struct, array_like=True, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Entry)
+_decoder = msgspec.msgpack.Decoder(Entry)
 
 
 def _seed(header: FileHeader) -> int:
     return int(google_crc32c.value(header.salt.to_bytes(8, "little")))
 
 
-def _encode(entry: _Entry, seed: int) -> bytes:
+def _encode(entry: Entry, seed: int) -> bytes:
     body = _encoder.encode(entry)
     if len(body) > _MAX_ENTRY_BYTES:
         raise ValueError(f"a session of {len(body)} bytes is larger than the largest, {_MAX_ENTRY_BYTES}")
@@ -163,12 +166,12 @@ class Registry:
             ValueError: Key and data together are larger than 1 MiB.
             OSError: The disk refused.
         """
-        self._append(_Entry(_OPENED, key, incarnation, now_us, data, stream_prefix))
+        self._append(Entry(OPENED, key, incarnation, now_us, data, stream_prefix))
         return Session(key, incarnation, now_us, data, stream_prefix)
 
     def end_session(self, key: str, incarnation: int, now_us: int) -> None:
         """End a session; on return that is on disk."""
-        self._append(_Entry(_ENDED, key, incarnation, now_us, b""))
+        self._append(Entry(ENDED, key, incarnation, now_us, b""))
 
     def take_over(self, key: str, previous: int, incarnation: int, now_us: int) -> Session | None:
         """Give a session to another owner, unless somebody else was faster.
@@ -186,16 +189,16 @@ class Registry:
             self._catch_up()
             session = self._sessions.get(key)
             if session is not None and session.incarnation == previous:
-                self._append_locked(_Entry(_OWNED, key, incarnation, now_us, b""))
+                self._append_locked(Entry(OWNED, key, incarnation, now_us, b""))
                 session = self._sessions[key]
             return session
 
-    def _append(self, entry: _Entry) -> None:
+    def _append(self, entry: Entry) -> None:
         with self._mutex, self._locked():
             self._catch_up()
             self._append_locked(entry)
 
-    def _append_locked(self, entry: _Entry) -> None:
+    def _append_locked(self, entry: Entry) -> None:
         assert self._header is not None
         if self._failed or self._entries - len(self._sessions) > _REWRITE_ENTRIES:
             # After a failed sync the next one succeeds without having written what the first one could not.
@@ -212,13 +215,11 @@ class Registry:
     def _rewrite(self) -> None:
         """Put a file in place that holds what is valid and nothing else."""
         assert self._header is not None
-        header = FileHeader(kind=KIND_REGISTRY, store_id=self._header.store_id, salt=new_salt())
-        seed = _seed(header)
         entries = [
-            _Entry(_OPENED, each.key, each.incarnation, each.opened_us, each.data, each.stream_prefix)
+            Entry(OPENED, each.key, each.incarnation, each.opened_us, each.data, each.stream_prefix)
             for each in self._sessions.values()
         ]
-        self._disk.publish(self._path, header.encode() + b"".join(_encode(entry, seed) for entry in entries))
+        self._disk.publish(self._path, encode_registry(self._header.store_id, entries))
         self._reopen()
 
     def _locked(self) -> Lock:
@@ -271,16 +272,16 @@ class Registry:
         if any(_entry_at(rest, later, seed) for later in range(1, len(rest))):
             raise DamageError(self._path, self._end, len(rest), "an entry that was on disk does not match its checksum")
 
-    def _apply(self, entry: _Entry) -> None:
+    def _apply(self, entry: Entry) -> None:
         self._entries += 1
-        if entry.kind == _OPENED:
+        if entry.kind == OPENED:
             session = Session(entry.key, entry.incarnation, entry.time_us, entry.data, entry.stream_prefix)
         else:
             found = self._sessions.get(entry.key)
             if found is None:
                 return
             session = found._replace(incarnation=entry.incarnation)
-        ended = entry.time_us if entry.kind == _ENDED else None
+        ended = entry.time_us if entry.kind == ENDED else None
         if ended is None:
             self._sessions[entry.key] = session
         else:
@@ -304,7 +305,7 @@ class Registry:
             return list(changed.values())
 
 
-def _entry_at(data: bytes, offset: int, seed: int) -> tuple[_Entry, int] | None:
+def _entry_at(data: bytes, offset: int, seed: int) -> tuple[Entry, int] | None:
     """Return the entry at `offset` and where it ends, or None when none is whole there."""
     if offset + _FRAME.size > len(data):
         return None
@@ -316,3 +317,35 @@ def _entry_at(data: bytes, offset: int, seed: int) -> tuple[_Entry, int] | None:
     if google_crc32c.extend(seed, body) != checksum:
         return None
     return _decoder.decode(body), end
+
+
+class FoundEntry(NamedTuple):
+    """A whole entry, and where it lies."""
+
+    offset: int
+    end: int
+    entry: Entry
+
+
+def salvage_entries(data: bytes, salt: int) -> Iterator[FoundEntry]:
+    """Yield the whole entries of a registry's bytes, wherever damage lies between them.
+
+    Args:
+        data: The whole file.
+        salt: Of the file.
+    """
+    seed = int(google_crc32c.value(salt.to_bytes(8, "little")))
+    offset = HEADER_BYTES
+    while offset + _FRAME.size < len(data):
+        found = _entry_at(data, offset, seed)
+        if found is None:
+            offset += 1
+        else:
+            yield FoundEntry(offset, found[1], found[0])
+            offset = found[1]
+
+
+def encode_registry(store_id: int, entries: Iterable[Entry]) -> bytes:
+    """Return a whole registry file with the given entries."""
+    header = FileHeader(kind=KIND_REGISTRY, store_id=store_id, salt=new_salt())
+    return header.encode() + b"".join(_encode(entry, _seed(header)) for entry in entries)
