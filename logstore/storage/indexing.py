@@ -39,8 +39,8 @@ class Indexed(NamedTuple):
     segments: int
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """Say nothing."""
 
 
 def make_index(
@@ -48,7 +48,7 @@ def make_index(
     root: Path,
     path: Path,
     store_id: int,
-    progress: BytesDone = _silent,
+    progress: BytesDone = silent,
     scanners: Executor | None = None,
 ) -> Indexed:
     """Put an index in place that is made of all segments; what retention has noted in the one that is there stays.
@@ -120,7 +120,7 @@ def reindex(
     root: Path,
     catalogue: Catalogue,
     store_id: int,
-    progress: BytesDone = _silent,
+    progress: BytesDone = silent,
     scanners: Executor | None = None,
 ) -> Indexed:
     """Index what segments hold and the catalogue does not know: it is new, or older than they are.

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
-from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_index, reindex
+from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_index, reindex, silent
 from logstore.storage.lane import Lane, Marks, journal_ordinals, lane_folders, read_reservation
 from logstore.storage.recovery import adopt_lane
 from logstore.storage.registry import Registry
@@ -61,11 +62,18 @@ class OpenStore:
         registry: The sessions.
         catalogue: The index.
         segments: Where events go from the journals.
+        made: What is in the index when this opening had to make it, else None.
         stopping: Set when the store is about to be closed: long work on it ends early.
     """
 
-    def __init__(self, disk: Disk, path: Path, segment_bytes: int) -> None:
+    def __init__(self, disk: Disk, path: Path, segment_bytes: int, scanners: Executor | None = None) -> None:
         """Open a store, made when there is none, and recover what dead processes left.
+
+        Args:
+            disk: The file door.
+            path: The catalogue.
+            segment_bytes: Size at which a segment is sealed.
+            scanners: Who reads segments when the index has to be made; a thread when it is None.
 
         Raises:
             NotAStoreError: The path cannot hold a store.
@@ -77,6 +85,7 @@ class OpenStore:
         self.disk = disk
         self._path = path
         self._segment_bytes = segment_bytes
+        self._scanners = scanners
         self.stopping = threading.Event()
         self.root = log_folder(path)
         self.made: Indexed | None = None
@@ -213,15 +222,18 @@ class OpenStore:
         if found == "damaged" or self.catalogue.suspect:
             self._set_catalogue_aside()
         if found != "ours" or self.catalogue.suspect:
-            self.made = make_index(self.disk, self.root, self._path, self.store_id)
+            self.made = self._make_index()
 
     def _index_unknown(self) -> None:
         """Index what the segments hold and a catalogue that is older than they are does not know."""
-        found = reindex(self.disk, self.root, self.catalogue, self.store_id)
+        found = reindex(self.disk, self.root, self.catalogue, self.store_id, scanners=self._scanners)
         if found.events:
             logger.warning("%s did not know all of %d events in segments; they are indexed", self._path, found.events)
 
-    def reindex(self, progress: BytesDone) -> Indexed:
+    def _make_index(self, progress: BytesDone = silent) -> Indexed:
+        return make_index(self.disk, self.root, self._path, self.store_id, progress, self._scanners)
+
+    def reindex(self, progress: BytesDone = silent) -> Indexed:
         """Make the whole index again, in the place of the one that is there, also while others use that.
 
         On return it is on disk. What retention has noted stays, when it can be read.
@@ -234,12 +246,12 @@ class OpenStore:
             try:
                 # The other one's write-ahead log goes before it does: a crash in between must leave it whole.
                 self.catalogue.fold_wal()
-                indexed = make_index(self.disk, self.root, self._path, self.store_id, progress)
+                indexed = self._make_index(progress)
             except sqlite3.DatabaseError as error:
                 if not is_damage(error):
                     raise
                 self._set_catalogue_aside()
-                indexed = make_index(self.disk, self.root, self._path, self.store_id, progress)
+                indexed = self._make_index(progress)
             self.catalogue.open()
             self.registry.all_changed()
             self.copy_sessions()
