@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore import __version__
-from logstore.errors import DamageError
+from logstore.errors import DamageError, StoreClosedError
 from logstore.ops.cut import Cut, JournalMark, SegmentMark, count_live, count_unknown, dropped_streams, take_cut
 from logstore.ops.manifest import BACKUP_VERSION, Kind, Manifest, StoredFile, encode_manifest, manifest_key
 from logstore.ops.pool import OtherBytesError, Target, object_key, read_pieces, verified, wait_for_lock
@@ -56,9 +56,7 @@ class BackupResult(NamedTuple):
     damaged: tuple[str, ...]
 
 
-def create_backup(
-    store: OpenStore, target: Target, *, progress: Progress = silent, disk: Disk | None = None
-) -> BackupResult:
+def create_backup(store: OpenStore, target: Target, *, progress: Progress = silent) -> BackupResult:
     """Copy a store as it is now, while it is written. On return the backup is on disk.
 
     It holds every event that was acknowledged when the call began, none that was never acknowledged, and of each
@@ -68,22 +66,20 @@ def create_backup(
         store: The open store: that of a running log, or one of `open_existing`.
         target: Where the backup goes.
         progress: Told of the bytes.
-        disk: The file door to the store.
 
     Raises:
         StoreLockedError: Somebody removes files of the store, or old backups, and does not get on.
+        StoreClosedError: The store is about to be closed; the next backup uses what was copied.
         DamageError: The catalogue cannot be read.
         OSError: The store cannot be read, or the target refuses.
     """
-    disk = disk or Disk()
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(target.adding())
             # Shared: what the catalogue names now stays until it is copied.
-            held.enter_context(wait_for_lock(disk, store.root / "removal.lock", shared=True))
+            held.enter_context(wait_for_lock(store.disk, store.root / "removal.lock", shared=True))
             store.adopt_dead_lanes()
-            cut = take_cut(store, disk, held)
-            return _Copy(store, disk, target, progress).run(cut)
+            return _Copy(store, target, progress).run(take_cut(store, held))
     except sqlite3.Error as error:
         raise DamageError(
             store.catalogue.path, 0, 0, f"SQLite says: {error}; `logstore reindex` makes the catalogue again"
@@ -97,9 +93,9 @@ class _UnreadableError(Exception):
 class _Copy:
     """One backup under way."""
 
-    def __init__(self, store: OpenStore, disk: Disk, target: Target, progress: Progress) -> None:
+    def __init__(self, store: OpenStore, target: Target, progress: Progress) -> None:
         self._store = store
-        self._disk = disk
+        self._disk = store.disk
         self._target = target
         self._progress = progress
         self._files: list[StoredFile] = []
@@ -119,6 +115,8 @@ class _Copy:
         events = count_live(cut.catalogue) + count_unknown(cut.catalogue, self._ids)
         cut.catalogue.close()
         for segment in cut.segments:
+            if self._store.stopping.is_set():
+                raise StoreClosedError(f"{self._store.root} is being closed, its backup was given up")
             if segment.sha256 is None:
                 self._open_segment(segment)
             else:

@@ -72,18 +72,18 @@ class Cut(NamedTuple):
     catalogue: sqlite3.Connection
 
 
-def take_cut(store: OpenStore, disk: Disk, held: contextlib.ExitStack) -> Cut:
+def take_cut(store: OpenStore, held: contextlib.ExitStack) -> Cut:
     """Look at a whole store at one moment.
 
     Args:
         store: An open store, that of a running log or another.
-        disk: The file door.
         held: Closes the journals and the index.
 
     Raises:
         sqlite3.Error: The catalogue cannot be read.
         OSError: The disk refuses.
     """
+    disk = store.disk
     # In this order: a checkpoint asks the registry, whose other callers may be waiting for the registry's lock.
     with store.checkpoint_lock(), contextlib.ExitStack() as locked:
         lock = disk.lock(store.root / "registry.lock", wait=True)

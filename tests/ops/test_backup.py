@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from logstore.cli import main
-from logstore.errors import DamageError, FormatVersionError, StoreLockedError
+from logstore.errors import DamageError, FormatVersionError, StoreClosedError, StoreLockedError
 from logstore.ops.backup import create_backup
 from logstore.ops.manifest import Manifest, encode_manifest, manifest_key, read_manifest, time_of
 from logstore.ops.pool import FolderTarget, default_backups
@@ -163,7 +163,7 @@ async def test_the_second_of_two_backups_copies_almost_nothing_and_reads_no_seal
     disk = FaultyDisk()
     store = await asyncio.to_thread(OpenStore, disk, path, 1 << 20)
     disk.calls.clear()
-    second = await asyncio.to_thread(lambda: create_backup(store, FolderTarget(pool), disk=disk))
+    second = await asyncio.to_thread(create_backup, store, FolderTarget(pool))
     await asyncio.to_thread(store.close, empty=True)
     assert first.bytes_copied > 400_000
     assert (second.bytes_copied, second.bytes_reused) == (0, first.bytes_copied)
@@ -199,6 +199,17 @@ def test_nothing_stays_open(path: Path, pool: Path) -> None:
             before = open_descriptors()
             create_backup(store, FolderTarget(pool))
             assert open_descriptors() == before
+
+
+def test_a_backup_is_given_up_when_its_store_is_closed(path: Path, pool: Path) -> None:
+    write(path, 30)
+    with opened(path) as store:
+        store.stopping.set()
+        with pytest.raises(StoreClosedError):
+            create_backup(store, FolderTarget(pool))
+        assert list_backups(FolderTarget(pool)) == []
+        store.stopping.clear()
+        assert create_backup(store, FolderTarget(pool)).bytes_reused > 0
 
 
 def test_files_of_a_backup_are_private(path: Path, pool: Path) -> None:
