@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, Final, cast
 
 import click
 
 from logstore import __version__
+from logstore.cli.output import accept_any_terminal
 from logstore.errors import LogstoreError
 
-_COMMANDS: Final = ("demo", "compact", "backup", "restore", "maintain")
+_COMMANDS: Final = ("demo", "stats", "streams", "events", "follow", "compact", "backup", "restore", "maintain", "doc", "export", "import")
 
 
 class _Commands(click.Group):
@@ -27,9 +29,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        return cast("click.Command", import_module(f"{__name__}.{cmd_name}").command)
+        # No module can have the name of a keyword.
+        module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        return cast("click.Command", import_module(f"{__name__}.{module}").command)
 
     def invoke(self, ctx: click.Context) -> Any:
+        accept_any_terminal()
         try:
             return super().invoke(ctx)
         except LogstoreError as error:
