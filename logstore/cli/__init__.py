@@ -17,7 +17,23 @@ from logstore import __version__
 from logstore.cli.output import accept_any_terminal
 from logstore.errors import LogstoreError
 
-_COMMANDS: Final = ("demo", "stats", "streams", "events", "follow", "compact", "backup", "restore", "maintain", "doc", "export", "import")
+_COMMANDS: Final = (
+    "demo",
+    "stats",
+    "streams",
+    "events",
+    "follow",
+    "dump",
+    "verify",
+    "compact",
+    "backup",
+    "restore",
+    "maintain",
+    "reindex",
+    "doc",
+    "export",
+    "import",
+)
 
 
 class _Commands(click.Group):

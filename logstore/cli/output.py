@@ -6,7 +6,9 @@ text, times in ISO 8601 with their zone, sizes in bytes.
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ import click
 
 _FIRST_WORD_S: Final = 1.0
 _BETWEEN_S: Final = 0.5
+_LINE_WITHOUT_TERMINAL: Final = 200
 
 StorePath: Final = click.Path(dir_okay=True, path_type=Path)
 """The type of a `DB` argument: the catalogue of a store."""
@@ -28,9 +31,31 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
 
 
+def event_id(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Check the value of an option that takes an event id, 0 for none: its `callback`."""
+    from logstore.storage.ids import parse_event_id
+
+    if value is None or value == "0":
+        return None if value is None else 0
+    number = parse_event_id(value)
+    if number is None:
+        raise click.BadParameter(
+            f"{value!r} is not an event id: those are whole numbers of up to 19 digits", ctx, param
+        )
+    return number
+
+
+def accept_any_terminal() -> None:
+    """Have characters that a terminal cannot show written as escapes, where Python would end with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say_json(figures: Any) -> None:
-    """Print one JSON value on one line."""
-    click.echo(json.dumps(figures, ensure_ascii=False))
+    """Print one JSON value on one line, in UTF-8 whatever the terminal speaks."""
+    # What of a file name is no text becomes half a surrogate pair, which in JSON has an escape.
+    click.echo(json.dumps(figures, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 def say_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
@@ -40,9 +65,8 @@ def say_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
     shown = [[f"{cell:,}" if type(cell) is int else cell for cell in row] for row in rows]
     numeric = [bool(rows) and all(type(row[place]) in (int, float) for row in rows) for place in range(len(headers))]
     align = ["right" if right else "left" for right in numeric]
-    click.echo(
-        tabulate(shown, headers=headers, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
-    )
+    table = tabulate(shown, headers=headers, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
+    click.echo("\n".join(line.rstrip() for line in table.splitlines()))
 
 
 def say_figures(figures: Sequence[tuple[str, Any]]) -> None:
@@ -55,6 +79,51 @@ def say_figures(figures: Sequence[tuple[str, Any]]) -> None:
 def iso_time(time_us: int) -> str:
     """Return a time, given in microseconds since 1970, as text."""
     return datetime.fromtimestamp(time_us / 1_000_000, UTC).isoformat(timespec="microseconds")
+
+
+def short_time(iso: str, *, milliseconds: bool = False) -> str:
+    """Return a time in ISO form, which is UTC, for people: to the second or millisecond and without its zone."""
+    return iso[: 23 if milliseconds else 19].replace("T", " ")
+
+
+def age(seconds: float) -> str:
+    """Return a time span for people."""
+    for unit_s, unit in ((86_400, "days"), (3_600, "hours"), (60, "min")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def ago(iso: str) -> str:
+    """Return how long a time in ISO form is past, for people."""
+    passed_s = (datetime.now(UTC) - datetime.fromisoformat(iso)).total_seconds()
+    return f"{age(passed_s)} ago" if passed_s >= 0 else f"in {age(-passed_s)}"
+
+
+def shown(text: str, width: int | None = None) -> str:
+    """Return text that cannot disturb a terminal or its line: what does not print is escaped.
+
+    Args:
+        text: What to show.
+        width: Most characters, None for all; what is cut off leaves an ellipsis.
+    """
+    if width is not None:
+        cut = len(text) > width
+        text = text[:width]
+        shown_text = _printable(text)
+        return f"{shown_text[: width - 1]}…" if cut or len(shown_text) > width else shown_text
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def line_width() -> int:
+    """Return how many characters a line may have: those of the terminal, if the output goes to one."""
+    return shutil.get_terminal_size((_LINE_WITHOUT_TERMINAL, 0)).columns
 
 
 def size(bytes_: int) -> str:

@@ -239,7 +239,9 @@ def _problems_of(process: Process) -> Iterator[str]:
     if not process.alive:
         return
     if process.status in ("degraded", "failed"):
-        yield f"process {process.pid} is {process.status}: {process.reason}"
+        volatile = process.stats.volatile_events if process.stats is not None else 0
+        memory_only = f" ({volatile:,} events are in memory only)" if volatile else ""
+        yield f"process {process.pid} is {process.status}: {process.reason}{memory_only}"
     if process.age_s is not None and process.age_s > _SILENT_S:
         yield (
             f"process {process.pid} has published no figures for {process.age_s:.0f} s: it hangs, is stopped, or "
