@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 try:
+    from crash_backup import BackupCampaign, BrokenBackupError
     from crash_kill import BrokenPromiseError, KillCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
@@ -46,6 +48,31 @@ def kill(runs: int, seed: int, folder: Path) -> int:
     return 1
 
 
+def backup(runs: int, seed: int, folder: Path) -> int:
+    """Run the campaign, progress on stderr and the report on stdout; return 1 when a promise was broken."""
+    started = time.monotonic()
+    campaign = BackupCampaign(folder, seed)
+    done, failure = 0, ""
+    try:
+        for number in range(runs):
+            _progress(f"run {number + 1} of {runs}, {campaign.figures['events compared']} events compared")
+            campaign.run(number)
+            done += 1
+        campaign.finish()
+    except BrokenBackupError as error:
+        failure = str(error)
+    _progress("\n")
+    _say(f"backup campaign, seed {seed}: {done} of {runs} backups in {time.monotonic() - started:.0f} s")
+    for name, figure in campaign.figures.items():
+        _say(f"{figure:>14,}  {name}")
+    if not failure:
+        _say("every backup held all that was acknowledged when it was begun, nothing else, of each stream a prefix")
+        return 0
+    _say(f"FAILED in run {done}: {failure}")
+    _say(f"the store is kept in {folder}; to repeat:  python tools/crash.py backup --runs {done + 1} --seed {seed}")
+    return 1
+
+
 def _progress(text: str) -> None:
     ending = "" if text.endswith("\n") else "\r"
     if sys.stderr.isatty() or not ending:
@@ -63,21 +90,32 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Parse, run, return the exit status: 0 fine, 1 a promise was broken, 2 wrong usage."""
     parser = argparse.ArgumentParser(description="Break a store on purpose and look whether it keeps its promises.")
     campaigns = parser.add_subparsers(dest="campaign", required=True, metavar="CAMPAIGN")
-    killing = campaigns.add_parser(
-        "kill",
-        help="writing processes killed at random moments",
-        description="Kill writing processes at random moments, open the store again, and look for what was lost.",
-    )
-    killing.add_argument("--runs", type=int, default=200, help="how many times (default: %(default)s)")
-    killing.add_argument("--seed", type=int, help="what everything is drawn from (default: from the clock, printed)")
-    killing.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
+    for name, what, description in (
+        (
+            "kill",
+            "writing processes killed at random moments",
+            "Kill writing processes at random moments, open the store again, and look for what was lost.",
+        ),
+        (
+            "backup",
+            "backups while more than a hundred writers append in several processes",
+            "Back up a store under load over and over, restore each backup elsewhere, and compare event by event.",
+        ),
+    ):
+        campaign = campaigns.add_parser(name, help=what, description=description)
+        campaign.add_argument("--runs", type=int, default=200, help="how many times (default: %(default)s)")
+        campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
+        campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed
     folder = parsed.folder or Path(tempfile.mkdtemp(prefix="logstore-crash-"))
-    status = kill(parsed.runs, seed, folder)
+    status = _CAMPAIGNS[parsed.campaign](parsed.runs, seed, folder)
     if status == 0 and parsed.folder is None:
         shutil.rmtree(folder)
     return status
+
+
+_CAMPAIGNS: Final = {"kill": kill, "backup": backup}
 
 
 if __name__ == "__main__":
