@@ -72,6 +72,11 @@ class PersistentEventStore(LogEventStore):
             await asyncio.to_thread(self._folder.remove)
 
     @property
+    def maintenance_rounds(self) -> int:
+        """How often this store has looked for what is to be dropped, compacted and backed up, since it was opened."""
+        return 0 if self._schedule is None else self._schedule.rounds
+
+    @property
     def raises_on_write_failure(self) -> bool:
         """Whether `store_event` raises when the disk fails."""
         return self.config.on_write_failure == "raise"

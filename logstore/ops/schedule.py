@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any, Final
+from typing import Final
 
 from logstore.config import EventStoreConfig
 from logstore.errors import LogstoreError
@@ -32,7 +32,7 @@ class Schedule:
         interval_s: Time between the end of a round and the next.
 
     Attributes:
-        last: What the last round did, None before the first has ended.
+        rounds: How many have ended.
     """
 
     def __init__(self, log: Log, tasks: Tasks, interval_s: float) -> None:
@@ -40,7 +40,7 @@ class Schedule:
         self._tasks = tasks
         self._interval_s = interval_s
         self._running: asyncio.Task[None] | None = None
-        self.last: dict[str, Any] | None = None
+        self.rounds = 0
 
     @classmethod
     def of(cls, config: EventStoreConfig, log: Log) -> Schedule:
@@ -62,14 +62,15 @@ class Schedule:
         while True:
             await asyncio.sleep(self._interval_s)
             try:
-                self.last = await self._log.maintain(self._round)
+                await self._log.maintain(self._round)
             except Exception:
                 # Nobody waits for this task: ended by an error it would leave the store to grow.
                 logger.exception("a round of maintenance failed, the next one tries again")
+            self.rounds += 1
 
-    def _round(self, store: OpenStore) -> dict[str, Any]:
+    def _round(self, store: OpenStore) -> None:
         try:
             store.seal_idle_segments(time.time_ns() // 1000 - int(_IDLE_SEGMENT_S * 1_000_000))
         except LogstoreError as error:
             logger.warning("idle segments stay open: %s", error)
-        return run_round(store, self._tasks)
+        run_round(store, self._tasks)

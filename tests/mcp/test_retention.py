@@ -1,0 +1,56 @@
+"""What a running store does by itself: sessions' streams go when they ended, backups are made, requests are spared."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from mcp import Client
+
+from logstore.mcp import PersistentEventStore, resumable_http_app
+from logstore.ops.pool import FolderTarget, default_backups
+from logstore.storage import FLAG_FINAL, FLAG_REQUEST
+from tests.engine import eventually
+from tests.mcp.serving import DEADLINE_S, Progress, Steps, counting_server, served
+
+
+def ask(path: Path, sql: str) -> list[tuple[int | str, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+async def test_a_running_store_makes_its_backups_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    backups = FolderTarget(default_backups(path))
+    async with PersistentEventStore(path, backup_enabled=True, maintenance_interval_s=0.01) as store:
+        await store.store_event("a", {"n": 1})
+        await eventually(backups.manifests, "a backup")
+        await eventually(lambda: ask(path, "SELECT task FROM maintenance"), "noted in the catalogue")
+        # The next one is due in a day.
+        rounds = store.maintenance_rounds
+        await eventually(lambda: store.maintenance_rounds > rounds + 1, "two more rounds")
+    assert len(backups.manifests()) == 1
+    assert ask(path, "SELECT task FROM maintenance WHERE task = 'backup'") == [("backup",)]
+
+
+async def test_streams_of_requests_say_so_and_sessions_name_their_streams(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    steps, progress = Steps(), Progress()
+    store = PersistentEventStore(path)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        served(resumable_http_app(counting_server(steps), store)) as port,
+        Client(f"http://127.0.0.1:{port}/mcp", mode="legacy") as client,
+    ):
+        await client.list_tools()
+        steps.allow(3)
+        await client.call_tool("count", {"to": 3, "label": "n"}, progress_callback=progress)
+    streams = dict(ask(path, "SELECT name, last_flags FROM streams JOIN extents USING (stream_id)"))
+    calls = [flags for name, flags in streams.items() if not str(name).endswith("_GET_stream")]
+    assert len(calls) >= 2
+    assert all(int(flags) & (FLAG_REQUEST | FLAG_FINAL) == FLAG_REQUEST | FLAG_FINAL for flags in calls)
+    assert not any(int(flags) & FLAG_REQUEST for name, flags in streams.items() if str(name).endswith("_GET_stream"))
+    prefixes = [str(prefix) for (prefix,) in ask(path, "SELECT stream_prefix FROM sessions")]
+    assert all(sum(str(name).startswith(prefix) for prefix in prefixes) == 1 for name in streams)
