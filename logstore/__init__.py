@@ -14,24 +14,30 @@ if TYPE_CHECKING:
     from logstore.mcp.factory import create_event_store
     from logstore.mcp.memory import InMemoryEventStore
     from logstore.mcp.persistent import PersistentEventStore
+    from logstore.ops.maintenance import run_maintenance_tasks
+    from logstore.ops.manager import EventStoreManager
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EventStoreConfig",
+    "EventStoreManager",
     "InMemoryEventStore",
     "PersistentEventStore",
     "__version__",
     "create_event_store",
     "get_config",
+    "run_maintenance_tasks",
 ]
 
 _HOMES: Final = {
     "EventStoreConfig": "logstore.config",
+    "EventStoreManager": "logstore.ops.manager",
     "InMemoryEventStore": "logstore.mcp.memory",
     "PersistentEventStore": "logstore.mcp.persistent",
     "create_event_store": "logstore.mcp.factory",
     "get_config": "logstore.config",
+    "run_maintenance_tasks": "logstore.ops.maintenance",
 }
 
 

@@ -154,5 +154,20 @@ def _run_all(path: Path, tasks: Tasks) -> dict[str, Any]:
         results = run_round(store, tasks)
     finally:
         store.close(empty=True)
-    results["validation"] = verify(path).as_dict()
+    results["validation"] = validate(path)
     return results
+
+
+def validate(path: Path) -> dict[str, Any]:
+    """Verify a store and its backups, and return the outcome as the manager shows it: `valid`, `errors`, figures.
+
+    Raises:
+        NotAStoreError: There is no store at the path.
+        StoreLockedError: A restore is under way.
+    """
+    report = verify(path)
+    errors = [
+        f"{each.file}{'' if each.offset is None else f' at offset {each.offset}'}: {each.reason}"
+        for each in report.findings
+    ]
+    return {"valid": report.ok, "errors": errors, **report.as_dict()}

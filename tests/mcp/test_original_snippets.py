@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from logstore import EventStoreConfig, PersistentEventStore
+from logstore import EventStoreConfig, EventStoreManager, PersistentEventStore, get_config
 
 BASIC_USE = """
 from event_store import create_event_store
@@ -78,6 +79,63 @@ db_info = store.get_database_info()
 print(f"Размер БД: {db_info['database_size_mb']} MB")
 """
 
+MANAGER = """
+from event_store_migrations import EventStoreManager
+
+manager = EventStoreManager("InternalStorage/events.db")
+
+# Создать бэкап
+backup_path = manager.create_backup()
+
+# Восстановить из бэкапа
+manager.restore_from_backup("path/to/backup.db")
+
+# Очистить старые бэкапы
+deleted_count = manager.cleanup_old_backups(retention_days=7)
+
+# Расширенная статистика
+detailed_stats = manager.get_database_stats()
+"""
+
+VALIDATION = """
+validation = manager.validate_database()
+
+if validation['valid']:
+    print("✅ База данных валидна")
+else:
+    print("❌ Ошибки:")
+    for error in validation['errors']:
+        print(f"  - {error}")
+"""
+
+TRANSFER = """
+# Экспорт всех событий
+count = manager.export_events("backup.json")
+
+# Экспорт с фильтрацией
+count = manager.export_events(
+    "filtered.json",
+    stream_id="specific_stream",
+    start_date="2024-01-01T00:00:00",
+    end_date="2024-12-31T23:59:59"
+)
+
+# Импорт событий
+count = manager.import_events("backup.json")
+"""
+
+MAINTENANCE = """
+from event_store_migrations import run_maintenance_tasks
+
+# Запуск задач обслуживания
+results = await run_maintenance_tasks(
+    "InternalStorage/events.db",
+    config.__dict__
+)
+
+print(f"Результаты: {results}")
+"""
+
 TESTING = """
 config = get_config("testing")  # SQLite в памяти
 store = create_event_store(**config.__dict__)
@@ -139,3 +197,61 @@ async def test_testing(names: dict[str, Any]) -> None:
     event_id = await names["store"].store_event("s", {"method": "m"})
     assert event_id.isdigit()
     assert names["store"].get_database_info()["database_path"] != ":memory:"
+
+
+def events_in(export: str) -> list[Any]:
+    events: list[Any] = json.loads(Path(export).read_text())["events"]
+    return events
+
+
+def damage_a_segment() -> Path:
+    (segment,) = Path("InternalStorage/events-log/segments").iterdir()
+    segment.write_bytes(segment.read_bytes()[:-1] + b"?")
+    return segment
+
+
+async def filled(names: dict[str, Any]) -> None:
+    """Run the snippet that makes a manager, over a store with events and a backup where the snippet looks for one."""
+    async with PersistentEventStore("InternalStorage/events.db") as store:
+        await store.store_events([("stream_1", {"method": f"m{number}"}) for number in range(5)])
+    await run(MANAGER.replace('"path/to/backup.db"', "backup_path"), names)
+
+
+async def test_the_manager(names: dict[str, Any]) -> None:
+    await filled(names)
+    assert names["backup_path"].startswith("InternalStorage/events-backups/")
+    assert names["deleted_count"] == 0
+    assert names["detailed_stats"]["total_events"] == 5
+    async with PersistentEventStore("InternalStorage/events.db") as store:
+        assert store.get_stream_stats()["stream_1"]["events"] == 5
+
+
+async def test_validation(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    await filled(names)
+    await run(VALIDATION, names)
+    assert capsys.readouterr().out == "✅ База данных валидна\n"
+    segment = damage_a_segment()
+    await run(VALIDATION, names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("❌ Ошибки:\n  - ")
+    assert str(segment) in printed
+
+
+async def test_export_and_import(names: dict[str, Any]) -> None:
+    await filled(names)
+    await run(TRANSFER, names)
+    assert names["count"] == 0
+    assert len(events_in("backup.json")) == 5
+    assert events_in("filtered.json") == []
+    names["manager"] = EventStoreManager("elsewhere/events.db")
+    assert names["manager"].import_events("backup.json") == 5
+
+
+async def test_maintenance(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    await filled(names)
+    names["config"] = get_config("production")
+    await run(MAINTENANCE, names)
+    assert names["results"]["validation"]["valid"]
+    assert set(names["results"]) == {"retention", "backup", "rotation", "validation"}
+    assert "skipped" in names["results"]["backup"]
+    assert capsys.readouterr().out.startswith("Результаты: {")
