@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -65,7 +66,7 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _json(file: str, result: Any) -> str:
+def _json(file: str, result: Any) -> bytes:
     import msgspec
 
     figures = {
@@ -73,9 +74,9 @@ def _json(file: str, result: Any) -> str:
         "events": result.events,
         "missing": result.missing,
         "gap_count": result.gap_count,
-        "gaps": result.gaps,
+        "gaps": msgspec.to_builtins(result.gaps),
     }
-    return msgspec.json.encode(figures).decode()
+    return json.dumps(figures, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def _say(file: str, result: Any) -> None:

@@ -97,6 +97,9 @@ def _ask(view: StoreView, sql: str, arguments: tuple[object, ...]) -> list[tuple
         # Somebody has it open, or has opened it under our eyes.
         with closing(connect(view.path, write=False)) as connection:
             return connection.execute(sql, arguments).fetchall()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair: nothing of that name was ever stored.
+        return []
     except sqlite3.Error as error:
         raise DamageError(view.path, 0, 0, f"SQLite says: {error}") from error
 
