@@ -25,6 +25,7 @@ _COMMANDS: Final = (
     "follow",
     "dump",
     "verify",
+    "repair",
     "compact",
     "backup",
     "restore",

@@ -27,8 +27,10 @@ from logstore.storage.record import FRAME_HEADER, decode_stamp, iter_frames
 
 _END_OF_FILE: Final = 0xFFFFFFFF
 _MARKS_USED: Final = 40
-_STATE_BYTES: Final = 28
+STATE_SLOT_BYTES: Final = 28
 _STATE_FIELDS: Final = 24
+_STATE, _MARKS = -1, -2
+"""Stand for ordinals where sizes are noted."""
 
 
 class LaneCheck(NamedTuple):
@@ -79,7 +81,6 @@ class LaneLook:
         self._done = done
         self._quick = quick
         self._sizes: dict[int, int] = {}
-        self._bytes = 0
         self._events: list[JournalEvent] = []
         self._unknown: list[Spot] = []
         self._findings: list[Finding] = []
@@ -90,8 +91,10 @@ class LaneLook:
         ordinals = journal_ordinals(self._disk, self._folder)
         ends = self._ends(ordinals)
         for ordinal in ordinals:
+            before = len(self._events), len(self._unknown)
             findings = self._journal(ordinal, signs, ends)
             if findings:
+                del self._events[before[0] :], self._unknown[before[1] :]
                 # The lane may have been adopted, or a file given up, since it was looked at first.
                 signs = self._signs()
                 ends = self._ends(journal_ordinals(self._disk, self._folder))
@@ -100,8 +103,7 @@ class LaneLook:
         self._check_state(bool(ordinals))
         if not signs.alive:
             self._check_marks()
-        size = self._bytes + sum(self._sizes.values())
-        return LaneCheck(len(self._sizes), size, self._events, self._unknown, self._findings)
+        return LaneCheck(len(self._sizes), sum(self._sizes.values()), self._events, self._unknown, self._findings)
 
     def _signs(self) -> _Signs:
         alive = self._is_held()
@@ -273,14 +275,8 @@ class LaneLook:
             data = read_whole(self._disk, path)
         except FileNotFoundError:
             return []
-        self._bytes += len(data)
-        bad: list[int] = []
-        for offset in (0, PAGE_BYTES):
-            slot = data[offset : offset + _STATE_BYTES]
-            checksum = int.from_bytes(slot[_STATE_FIELDS:], "little")
-            if slot.strip(b"\0") and google_crc32c.value(slot[:_STATE_FIELDS]) != checksum:
-                bad.append(offset)
-        return bad
+        self._sizes[_STATE] = len(data)
+        return bad_slots(data)
 
     def _check_marks(self) -> None:
         """Check what a dead lane's marks say against what there can be."""
@@ -291,7 +287,7 @@ class LaneLook:
                 durable, incarnation = marks.durable, marks.incarnation
         except FileNotFoundError:
             return
-        self._bytes += len(data)
+        self._sizes[_MARKS] = len(data)
         reserved = read_reservation(self._disk, self._folder).ordinal
         if data[_MARKS_USED:].strip(b"\0"):
             self._findings.append(found("lane", path, "bytes where the marks have none", _MARKS_USED, None))
@@ -299,3 +295,14 @@ class LaneLook:
             self._findings.append(found("lane", path, "the incarnation is not one of this lane", 32, 8))
         if reserved and durable.ordinal >= reserved:
             self._findings.append(found("lane", path, f"the mark names journal {durable.ordinal}, never begun", 8, 8))
+
+
+def bad_slots(state: bytes) -> list[int]:
+    """Return the offsets of the slots of a lane's `state` that hold something, and not a whole reservation."""
+    bad: list[int] = []
+    for offset in (0, PAGE_BYTES):
+        slot = state[offset : offset + STATE_SLOT_BYTES]
+        checksum = int.from_bytes(slot[_STATE_FIELDS:], "little")
+        if slot.strip(b"\0") and google_crc32c.value(slot[:_STATE_FIELDS]) != checksum:
+            bad.append(offset)
+    return bad

@@ -48,6 +48,11 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
     lost: list[LostRun]
 
 
+def iso_moment() -> str:
+    """Return the time as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def lost_runs(events: Iterable[tuple[int, str]]) -> list[LostRun]:
     """Return runs for lost events `(id, stream)`, one for each stream."""
     by_stream: dict[str, list[int]] = defaultdict(list)

@@ -63,6 +63,13 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     event_ids: tuple[int, ...] = ()
     streams: tuple[str, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding for programs: ids as text."""
+        fields: dict[str, Any] = msgspec.structs.asdict(self)
+        fields["event_ids"] = [str(event_id) for event_id in self.event_ids]
+        fields["streams"] = list(self.streams)
+        return fields
+
 
 def found(
     kind: Kind,
@@ -127,17 +134,10 @@ class Report(msgspec.Struct, kw_only=True):
             "path": self.path,
             "ok": self.ok,
             "quick": self.quick,
-            "findings": [_as_dict(each) for each in self.findings],
-            "known": [_as_dict(each) for each in self.known],
+            "findings": [each.as_dict() for each in self.findings],
+            "known": [each.as_dict() for each in self.known],
             "files": self.files,
             "bytes": self.bytes,
             "events": self.events,
             "advice": self.advice(),
         }
-
-
-def _as_dict(finding: Finding) -> dict[str, Any]:
-    fields: dict[str, Any] = msgspec.structs.asdict(finding)
-    fields["event_ids"] = [str(event_id) for event_id in finding.event_ids]
-    fields["streams"] = list(finding.streams)
-    return fields

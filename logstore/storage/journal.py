@@ -166,7 +166,9 @@ class JournalScan(msgspec.Struct):
     damage: list[JournalDamage]
 
 
-class _BatchHeader(msgspec.Struct, frozen=True):
+class BatchHeader(msgspec.Struct, frozen=True):
+    """The fields of a batch's header, see the table above; `chain` is the header's own checksum."""
+
     number: int
     count: int
     length: int
@@ -180,14 +182,14 @@ class _Found(NamedTuple):
     """Where a batch header stands that can be trusted, though its batch may be bad."""
 
     offset: int
-    header: _BatchHeader
+    header: BatchHeader
 
     @property
     def end(self) -> int:
         return self.offset + BATCH_HEADER_BYTES + self.header.length
 
 
-def _batch_header_at(data: bytes, offset: int, salt: int) -> _BatchHeader | None:
+def batch_header_at(data: bytes, offset: int, salt: int) -> BatchHeader | None:
     """Return the batch header at `offset`, if one of this file that can be trusted stands there."""
     if offset + BATCH_HEADER_BYTES > len(data):
         return None
@@ -197,7 +199,7 @@ def _batch_header_at(data: bytes, offset: int, salt: int) -> _BatchHeader | None
     chain = google_crc32c.value(data[offset : offset + _FIELDS.size])
     if _CRC.unpack_from(data, offset + _FIELDS.size)[0] != chain:
         return None
-    return _BatchHeader(number, count, length, previous, durable, checksum, chain)
+    return BatchHeader(number, count, length, previous, durable, checksum, chain)
 
 
 class JournalReader:
@@ -229,7 +231,7 @@ class JournalReader:
 
     def _next(self, data: bytes, base: int, end: int) -> Batch | None:
         for offset in dict.fromkeys((self.offset, next_page(self.offset))):
-            header = _batch_header_at(data, offset - base, self.header.salt)
+            header = batch_header_at(data, offset - base, self.header.salt)
             if header is None:
                 continue
             start = offset + BATCH_HEADER_BYTES
@@ -296,7 +298,7 @@ def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | N
     data = data[:limit]
     salt = int.from_bytes(data[PAGE_BYTES : PAGE_BYTES + 8], "little")
     header = FileHeader(kind=KIND_JOURNAL, store_id=store_id, salt=salt)
-    whole = _batch_header_at(data, PAGE_BYTES, salt) is not None
+    whole = batch_header_at(data, PAGE_BYTES, salt) is not None
     found = _later_headers(data, PAGE_BYTES, salt) if whole else ()
     if max(known_durable, max((each.header.durable for each in found), default=0)) <= PAGE_BYTES:
         return JournalScan(header, [], 0, len(data.rstrip(b"\0")), [])
@@ -337,7 +339,7 @@ def _later_headers(data: bytes, offset: int, salt: int) -> Iterator[_Found]:
     # The bad batch's own header may be good and its body bad, so the search begins with it.
     position = data.find(needle, offset)
     while position >= 0:
-        if (header := _batch_header_at(data, position, salt)) is not None:
+        if (header := batch_header_at(data, position, salt)) is not None:
             yield _Found(position, header)
         position = data.find(needle, position + 1)
 
