@@ -191,12 +191,11 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
     known = catalogue.add_streams(scan.names)
     streams = [known[name] for name in scan.names]
-    events, run_starts = scan.events, scan.run_starts
+    events = scan.events
     if highest_dropped and min(events.ids, default=0) <= highest_dropped:
         dropped = catalogue.dropped_ids(scan.names)
         last = [dropped.get(name, 0) for name in scan.names]
         events = events.only(map(gt, events.ids, map(last.__getitem__, events.streams)))
-        run_starts = events.run_starts()
     numbers = [streams[place] for place in events.streams]
     if catalogue.add_columns(events.ids, numbers, scan.number, events.offsets, events.lengths) < len(events.ids):
         # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again, and
@@ -204,8 +203,7 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         places = catalogue.places(events.ids)
         found = zip(repeat(scan.number), events.offsets, strict=False)
         events = events.only(map(eq, map(places.__getitem__, events.ids), found))
-        run_starts = events.run_starts()
-    extents = list(_extents(scan.number, streams, events, run_starts))
+    extents = list(_extents(scan.number, streams, events))
     catalogue.add_extents(extents)
     owners = {extent.stream_id for extent in extents}
     row = SegmentRow(
@@ -223,9 +221,9 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
     return len(events.ids)
 
 
-def _extents(segment: int, streams: list[int], events: Events, run_starts: list[int]) -> Iterator[Extent]:
+def _extents(segment: int, streams: list[int], events: Events) -> Iterator[Extent]:
     ids, places, offsets, lengths, times_us, flags = events
-    for first, behind in pairwise(run_starts):
+    for first, behind in pairwise(events.run_starts()):
         last = behind - 1
         yield Extent(
             stream_id=streams[places[first]],

@@ -88,7 +88,6 @@ class SegmentScan(NamedTuple):
         damage: What is wrong with its header, None when nothing is.
         names: The streams that it has events of.
         events: Its events.
-        run_starts: As of `Events.run_starts`.
     """
 
     number: int
@@ -97,7 +96,6 @@ class SegmentScan(NamedTuple):
     damage: str | None
     names: list[str]
     events: Events
-    run_starts: list[int]
 
 
 def scan_file(disk: Disk, path: Path, number: int, seed: int) -> SegmentScan | None:
@@ -141,8 +139,7 @@ def scan_file(disk: Disk, path: Path, number: int, seed: int) -> SegmentScan | N
         events.lengths.extend(lengths)
         events.times_us.extend([stamp.time_us for stamp in stamps])
         events.flags.extend([stamp.flags for stamp in stamps])
-    digest = hashlib.sha256(data).hexdigest()
-    return SegmentScan(number, len(data), digest, damage, list(names), events, events.run_starts())
+    return SegmentScan(number, len(data), hashlib.sha256(data).hexdigest(), damage, list(names), events)
 
 
 def read_from_device(disk: Disk, path: Path) -> bytes:

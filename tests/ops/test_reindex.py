@@ -128,7 +128,7 @@ async def test_who_follows_in_another_process_sees_no_gap_and_no_error(path: Pat
                 number += 1
 
         await append(each)
-        with process(FOLLOWER, path, (2 * turns + 1) * each) as follower:
+        with process(FOLLOWER, path, str((2 * turns + 1) * each)) as follower:
             assert await follower.line() == "follows"
             for _ in range(turns):
                 node = inode(path)
