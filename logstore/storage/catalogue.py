@@ -25,7 +25,7 @@ from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION, migrate
 
 _WAL_BYTES: Final = 4 << 20
 _ROWS_A_STATEMENT: Final = 250
-_FILLING_CACHE_KIB: Final = 32 << 10
+_FILLING_CACHE_KIB: Final = 16 << 10
 _BUSY_TIMEOUT_S: Final = 10.0
 
 
