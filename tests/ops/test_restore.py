@@ -41,6 +41,7 @@ from tests.ops.backed_up import (
     snapshot,
     write,
 )
+from tests.storage.disks import FaultyDisk
 
 
 @pytest.fixture
@@ -319,6 +320,22 @@ def test_whatever_call_of_the_disk_fails_the_store_is_the_old_one_or_the_new_one
         # Once it is decided there is no way back.
         assert outcomes == sorted(outcomes, reverse=True)
         assert outcomes.count("new") > 10
+
+
+def test_what_was_decided_is_not_undone_when_the_disk_fails_at_that_moment(
+    prepared: tuple[Path, Contents, Contents], tmp_path: Path
+) -> None:
+    """The marker is in its place, and the sync of its folder fails."""
+    folder, _, new = prepared
+    for number in range(2):
+        shutil.copytree(folder / "store", tmp_path / str(number))
+    healthy = FaultyDisk()
+    restore(folder / "pool", tmp_path / "0" / "events.db", disk=healthy)
+    disk = DyingDisk(healthy.calls.index(("rename", "replacing")) + 2, once=True)
+    with pytest.raises(WriteFailedError, match="opened next"):
+        restore(folder / "pool", tmp_path / "1" / "events.db", disk=disk)
+    assert disk.calls[-1] == ("sync_folder", "events-log")
+    assert contents(tmp_path / "1" / "events.db") == new
 
 
 def test_an_interrupted_restore_is_finished_by_the_next_restore_too(
