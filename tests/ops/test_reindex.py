@@ -186,3 +186,63 @@ def test_the_command_refuses_what_is_no_store(path: Path) -> None:
     assert code == 1
     assert "there is no store" in err
     assert run()[0] == 2
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from logstore.ops.reindex import reindex_at
+from logstore.storage.files import Disk
+
+class Dying(Disk):
+    calls = 0
+
+def dying(name):
+    call = getattr(Disk, name)
+    def at_last(self, *arguments, **options):
+        Dying.calls += 1
+        if Dying.calls == int(sys.argv[2]):
+            os._exit(9)
+        return call(self, *arguments, **options)
+    return at_last
+
+for name in ("create", "write", "rename", "unlink", "sync", "sync_folder"):
+    setattr(Dying, name, dying(name))
+
+# One import for all deaths.
+for turn, path in enumerate(sys.argv[3:]):
+    child = os.fork()
+    if not child:
+        sys.argv[2] = str(turn + 1)
+        reindex_at(Path(path), disk=Dying())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+async def test_a_death_at_any_call_loses_nothing(path: Path, tmp_path: Path) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 60)
+    before = await events_of(path)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("insert into imports values ('there', '7', 3)")
+    turns = 60
+    copies = [tmp_path / str(turn) / path.name for turn in range(turns)]
+    for copy in copies:
+        shutil.copytree(path.with_name("events-log"), copy.with_name("events-log"))
+        shutil.copy(path, copy)
+    with process(DYING, path, "0", *copies) as dying:
+        ends = [int(line) for line in await dying.rest()]
+    assert set(ends) == {0, 9}
+    # It came to its end: all calls were tried.
+    assert ends[-1] == 0
+    assert ends == sorted(ends, reverse=True)
+    for copy, end in zip(copies, ends, strict=True):
+        if end == 0:
+            break
+        assert await events_of(copy) == before
+        with closing(sqlite3.connect(copy)) as connection:
+            assert connection.execute("select count(*) from events").fetchone() == (180,)
+            assert connection.execute("select count(*) from imports").fetchone() == (1,)
+            assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
