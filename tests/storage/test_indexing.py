@@ -125,6 +125,13 @@ def test_every_event_and_every_run_is_where_the_index_says(store: Store) -> None
     assert store.ask("select stream_id from segments where segment_id = 2") == [(None,)]
 
 
+def test_events_out_of_order_are_runs_of_their_own(store: Store) -> None:
+    store.segment(1, [(10, "s"), (11, "s"), (5, "s"), (6, "s"), (12, "s")])
+    store.make()
+    store.check()
+    assert store.ask("select first_id, last_id from extents order by 1") == [(5, 12), (10, 11)]
+
+
 def test_a_process_that_scans_finds_the_same(store: Store) -> None:
     for number in range(1, 6):
         store.segment(number, pack(1000 * number, 700, 7))
