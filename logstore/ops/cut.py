@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from logstore.errors import DamageError
 from logstore.ops.manifest import LaneMark
-from logstore.storage.catalogue import connect
+from logstore.storage.catalogue import Catalogue, connect
 from logstore.storage.files import Disk
 from logstore.storage.journal import read_header
 from logstore.storage.lane import NOWHERE, Marks, Place, journal_ordinals, journal_path, lane_folders, read_reservation
@@ -202,33 +202,10 @@ def dropped_streams(catalogue: sqlite3.Connection) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def apply_dropped(catalogue: sqlite3.Connection, data: bytes) -> None:
-    """Let go in a fresh index of what retention had let go of, from the bytes of `dropped_streams`.
-
-    Args:
-        catalogue: A connection that may write.
-        data: Empty for nothing.
-    """
-    if not data:
-        return
-    catalogue.execute("BEGIN IMMEDIATE")
-    try:
-        catalogue.executemany(
-            """
-            INSERT INTO streams (name, created_at, dropped_id, dropped_at) VALUES (?1, ?3, ?2, ?3)
-            ON CONFLICT (name) DO UPDATE SET dropped_id = excluded.dropped_id, dropped_at = excluded.dropped_at
-            """,
+def note_dropped(catalogue: Catalogue, data: bytes) -> None:
+    """Note in a fresh catalogue what retention had let go of, from the bytes of `dropped_streams`."""
+    with catalogue.transaction():
+        catalogue.connection.executemany(
+            "INSERT INTO streams (name, created_at, dropped_id, dropped_at) VALUES (?1, ?3, ?2, ?3)",
             map(json.loads, data.splitlines()),
         )
-        for table, last in (("extents", "last_id"), ("events", "event_id")):
-            catalogue.execute(
-                f"""
-                DELETE FROM {table} WHERE {last} <=
-                (SELECT dropped_id FROM streams WHERE streams.stream_id = {table}.stream_id)
-                """
-            )
-        catalogue.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            catalogue.execute("ROLLBACK")
-        raise

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logstore.errors import DamageError, NotAStoreError, WriteFailedError
-from logstore.ops.cut import apply_dropped, count_live
+from logstore.ops.cut import count_live, note_dropped
 from logstore.ops.manifest import Manifest, StoredFile, missing_objects, read_manifest
 from logstore.ops.moment import cut_off
 from logstore.ops.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
 from logstore.ops.progress import Progress, silent
 from logstore.ops.reservation import write_reservation
-from logstore.storage.catalogue import connect, inspect_file
+from logstore.storage.catalogue import Catalogue, connect, inspect_file
 from logstore.storage.files import Disk
+from logstore.storage.indexing import make_index
 from logstore.storage.lane import Reservation, lane_folders, read_reservation
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
@@ -266,13 +267,11 @@ class _Restore:
             DamageError: Fewer than the backup counted.
         """
         self._progress("indexing", 0, None)
+        if self._dropped:
+            self._note_dropped()
         store = OpenStore(self._disk, self._staged, LogOptions().segment_bytes)
         try:
-            with (
-                store.checkpoint_lock(),
-                contextlib.closing(connect(self._staged, write=True)) as catalogue,
-            ):
-                apply_dropped(catalogue, self._dropped)
+            with contextlib.closing(connect(self._staged, write=False)) as catalogue:
                 events = count_live(catalogue)
         finally:
             store.close(empty=True)
@@ -285,3 +284,14 @@ class _Restore:
                 f"the backup holds {events} events and says {self._manifest.events}; nothing was changed",
             )
         return events
+
+    def _note_dropped(self) -> None:
+        """Make the index so that it leaves out what retention had dropped and files still hold."""
+        self._disk.close(self._disk.create(self._staged))
+        notes = Catalogue(self._staged)
+        try:
+            notes.open()
+            note_dropped(notes, self._dropped)
+        finally:
+            notes.close()
+        make_index(self._disk, self._staged_root, self._staged, self._manifest.store_id)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from logstore.errors import DamageError, LogstoreError, NotAStoreError, StoreLockedError, WriteFailedError
+from logstore.errors import DamageError, GapError, LogstoreError, NotAStoreError, StoreLockedError, WriteFailedError
+from logstore.ops.access import StoreView
 from logstore.ops.manifest import read_manifest
 from logstore.ops.pool import FolderTarget
 from logstore.ops.reservation import write_reservation
@@ -169,6 +170,10 @@ def test_what_retention_dropped_stays_dropped(path: Path, pool: Path, tmp_path: 
     other = tmp_path / "other" / "events.db"
     assert restore(pool, other).events == 30 * 4 - 10
     assert contents(other) == {**before, STREAMS[1]: before[STREAMS[1]][10:]}
+    with StoreView(other) as view:
+        assert {summary.stream: summary.events for summary in view.summaries()}[STREAMS[1]] == 20
+        with pytest.raises(GapError):
+            view.read(STREAMS[1], dropped_id - 1, 10)
 
 
 # What it refuses.
