@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,7 +83,7 @@ def _segment_bytes(disk: Disk, root: Path) -> int:
 
 
 @contextlib.contextmanager
-def _scanners(size: int) -> Iterator[Executor | None]:
+def _scanners(size: int) -> Generator[Executor | None]:
     """Give a process that reads the segments of a large store: threads would take turns at the interpreter."""
     if size < _WORTH_A_PROCESS_BYTES:
         yield None

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice, pairwise, repeat
 from operator import eq, gt
@@ -97,7 +97,7 @@ def _remove(disk: Disk, path: Path, suffixes: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _filling(disk: Disk, fresh: Catalogue) -> Iterator[None]:
+def _filling(disk: Disk, fresh: Catalogue) -> Generator[None]:
     """Open a new catalogue for the block; after it the file is closed, and on disk."""
     try:
         fresh.open()
