@@ -26,6 +26,7 @@ import msgspec
 # Run as a script, this folder is on the path and the checkout is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from crash_kill import BrokenPromiseError
 from logstore.ops.access import StoreView, open_existing
 from logstore.ops.backup import BackupResult, create_backup
 from logstore.ops.pool import FolderTarget
@@ -40,10 +41,6 @@ _PAUSE_S: Final = 0.4
 _DEADLINE_S: Final = 60.0
 _BACKUPS_A_STORE: Final = 8
 _ALMOST_NOTHING: Final = 0.02
-
-
-class BrokenBackupError(Exception):
-    """A backup does not hold what it promises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +128,7 @@ class _Writers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise BrokenBackupError(f"{self.name} ended with {self._process.wait()}:\n{self._errors.read_text()}")
+            raise BrokenPromiseError(f"{self.name} ended with {self._process.wait()}:\n{self._errors.read_text()}")
         return line
 
     def back_up(self) -> BackupResult:
@@ -152,7 +149,7 @@ class _Writers:
         """Let it finish what it does.
 
         Raises:
-            BrokenBackupError: It failed.
+            BrokenPromiseError: It failed.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -160,7 +157,7 @@ class _Writers:
         self._close()
         errors = self._errors.read_text()
         if status or "Traceback" in errors or "ERROR" in errors:
-            raise BrokenBackupError(f"{self.name} ended with {status}:\n{errors}")
+            raise BrokenPromiseError(f"{self.name} ended with {status}:\n{errors}")
 
     def _close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
@@ -229,7 +226,7 @@ class _Store:
         """Stop the writers, and hold each backup against what was acknowledged in the end.
 
         Raises:
-            BrokenBackupError: It holds what never was.
+            BrokenPromiseError: It holds what never was.
         """
         for writers in self.writers:
             writers.stop()
@@ -239,13 +236,13 @@ class _Store:
             for stream, count in found.items():
                 # The last event of a killed writer may have been acknowledged to it without being reported by it.
                 if count > finally_acknowledged[stream] + stream.startswith(killed or ("\0",)):
-                    raise BrokenBackupError(
+                    raise BrokenPromiseError(
                         f"backup {number} holds {count} events of {stream}, "
                         f"and {finally_acknowledged[stream]} were ever acknowledged"
                     )
         first, second = self.back_up_from_outside(), self.back_up_from_outside()
         if second.bytes_copied > _ALMOST_NOTHING * (first.bytes_copied + first.bytes_reused):
-            raise BrokenBackupError(f"the second of two backups copied {second.bytes_copied} bytes: {first}")
+            raise BrokenPromiseError(f"the second of two backups copied {second.bytes_copied} bytes: {first}")
 
     def kill(self) -> None:
         """End all writers, after a failure."""
@@ -257,7 +254,7 @@ def read_streams(path: Path) -> Counter[str]:
     """Return how many events each stream of a store has; all of them are what was written there, in order.
 
     Raises:
-        BrokenBackupError: They are not.
+        BrokenPromiseError: They are not.
     """
     found: Counter[str] = Counter()
     with StoreView(path) as view:
@@ -265,7 +262,7 @@ def read_streams(path: Path) -> Counter[str]:
             last = 0
             for number, event in enumerate(view.events(summary.stream)):
                 if event.payload != payload_of(summary.stream, number) or event.id <= last:
-                    raise BrokenBackupError(
+                    raise BrokenPromiseError(
                         f"event {number} of {summary.stream} is {event.id}, {event.payload[:60]!r}, after {last}"
                     )
                 last = event.id
@@ -294,7 +291,7 @@ class BackupCampaign:
         """Make one backup, restore it, compare.
 
         Raises:
-            BrokenBackupError: A promise was broken.
+            BrokenPromiseError: A promise was broken.
         """
         rng = random.Random(f"{self._seed} {number}")
         try:
@@ -323,7 +320,7 @@ class BackupCampaign:
             # Else over the store that was restored from the backup before.
             shutil.rmtree(place.parent)
         if problems := check_backup(store.target, Path(result.path).name):
-            raise BrokenBackupError(f"{result.path}: {problems}")
+            raise BrokenPromiseError(f"{result.path}: {problems}")
         restored = restore(Path(result.path), place)
         found = read_streams(place)
         self._compare(result, restored.events, before, found)
@@ -341,12 +338,12 @@ class BackupCampaign:
         lost = before - found
         if lost:
             stream = min(lost)
-            raise BrokenBackupError(
+            raise BrokenPromiseError(
                 f"{result.path} lacks {lost.total()} events that were acknowledged when it was begun: "
                 f"{found[stream]} of {before[stream]} on {stream}"
             )
         if not result.events == restored == found.total() or result.damaged:
-            raise BrokenBackupError(f"{result} says so, {restored} were restored and {found.total()} read")
+            raise BrokenPromiseError(f"{result} says so, {restored} were restored and {found.total()} read")
 
     def finish(self) -> None:
         """Stop the writers of the last store and look at the backups once more; the store goes when all is well."""
