@@ -108,6 +108,27 @@ def test_a_backup_takes_the_place_of_a_closed_store(path: Path, pool: Path) -> N
     assert not {"restoring", "replaced", "replacing"} & {file.name for file in (path.parent / "events-log").iterdir()}
 
 
+def test_the_write_ahead_log_of_the_old_catalogue_does_not_pass_for_the_new_ones(
+    path: Path, pool: Path, tmp_path: Path
+) -> None:
+    """As a killed process leaves it: SQLite finds the log by name."""
+    write(path, 20)
+    before = in_journals(path, pool)
+    killed = tmp_path / "killed" / "events.db"
+    write(path, 50, first=2_000)
+    with opened(path) as store:
+        journalled(store, STREAMS[0], [[1, 2, 3]])
+        with opened(path):
+            pass
+        with store.catalogue.transaction():
+            store.catalogue.connection.execute("UPDATE streams SET name = 'of the old one ' || name")
+        shutil.copytree(path.parent, killed.parent)
+    assert killed.with_name("events.db-wal").stat().st_size > 0
+    restore(pool, killed)
+    assert contents(killed) == before
+    assert sorted(file.name for file in killed.parent.iterdir()) == ["events-log", "events.db"]
+
+
 def test_a_restored_store_is_written_on(path: Path, pool: Path) -> None:
     write(path, 20)
     before = in_journals(path, pool)
