@@ -105,7 +105,6 @@ class _Copy:
         self._reused = 0
 
     def run(self, cut: Cut) -> BackupResult:
-        self._total = sum(segment.bytes for segment in cut.segments)
         # The smallest first: what they count needs the index as it was, and that keeps SQLite from tidying up.
         self._registry(cut.registry)
         for journal in cut.journals:
@@ -114,6 +113,7 @@ class _Copy:
             self._bring_data("dropped", "dropped", dropped, None, "")
         events = count_live(cut.catalogue) + count_unknown(cut.catalogue, self._ids)
         cut.catalogue.close()
+        self._total = self._copied + self._reused + sum(segment.bytes for segment in cut.segments)
         for segment in cut.segments:
             if self._store.stopping.is_set():
                 raise StoreClosedError(f"{self._store.root} is being closed, its backup was given up")

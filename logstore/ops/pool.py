@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
-from logstore.errors import StoreLockedError
+from logstore.errors import LogstoreError, StoreLockedError
 from logstore.storage.files import Disk, Lock, lock_holders
 
 READ_BYTES: Final = 1 << 20
@@ -111,7 +111,7 @@ def verified(pieces: Iterable[bytes], digest: str, what: str) -> Iterator[bytes]
         raise OtherBytesError(f"{what} has other bytes than it was written with")
 
 
-class OtherBytesError(Exception):
+class OtherBytesError(LogstoreError):
     """Bytes do not have the SHA-256 that they should have."""
 
 
