@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
 from logstore.ops.foreign_databases import ForeignEvent
@@ -235,19 +235,18 @@ class BatchWriter:
 
     def _compare(self, there: list[_Taken], result: BatchResult) -> None:
         """Judge events whose ids the store knows."""
-        waiting = {each.event.id: each for each in there}
+        waiting: dict[int, list[_Taken]] = {}
         for each in there:
-            if waiting[each.event.id] is not each:
-                # Twice in the batch: the first is judged by the store, and this by the first.
-                _judge(each, waiting[each.event.id].event, result)
+            waiting.setdefault(each.event.id, []).append(each)
         for _ in range(_LOOKS):
             # Compaction may be moving them.
-            for stored in self._stored(waiting):
-                _judge(waiting.pop(stored.id), stored, result)
-        for each in waiting.values():
+            for stored in self._stored(list(waiting)):
+                for each in waiting.pop(stored.id):
+                    _judge(each, stored, result)
+        for each in chain.from_iterable(waiting.values()):
             result.conflicts.append(LeftOut(each.place, f"event {each.event.id} is in the store, but cannot be read"))
 
-    def _stored(self, wanted: dict[int, _Taken]) -> list[Event]:
+    def _stored(self, wanted: list[int]) -> list[Event]:
         """Return those of some events that can be read."""
         if not wanted:
             return []

@@ -80,6 +80,9 @@ def import_events(
 ) -> ImportResult:
     """Import events into a store, which is made when there is none; others may have it open.
 
+    A stream has one writer at a time: foreign events that come into a stream which a running server writes are behind
+    what that server writes to it in the next two seconds.
+
     Args:
         path: The catalogue of the store.
         source: A file or a stream of JSON, or the path of a SQLite database; what it is, its content tells.
@@ -103,11 +106,15 @@ def import_events(
         result = ImportResult()
         store = OpenStore(disk, path, LogOptions().segment_bytes)
         try:
-            _import(store, disk, chain([] if first is None else [first], events), result, progress)
-        finally:
-            announced = result.added > 0 and announce(store, disk)
-            # A lane that showed something keeps what it has reserved: see `announce`.
-            store.close(empty=not announced)
+            try:
+                _import(store, disk, chain([] if first is None else [first], events), result, progress)
+            finally:
+                _close(store, disk, result)
+        except (OSError, sqlite3.Error) as error:
+            raise WriteFailedError(
+                f"the import stopped after {result.added} events were added: {error}. They stay; import again for the "
+                "rest"
+            ) from error
         result.ended = opened.ended
     return result
 
@@ -115,22 +122,26 @@ def import_events(
 def _import(
     store: OpenStore, disk: Disk, events: Iterable[Found | LeftOut], result: ImportResult, progress: Progress
 ) -> None:
+    with closing(BatchWriter(store, disk)) as writer:
+        batch: list[Found] = []
+        size = 0
+        for seen, each in enumerate(events, 1):
+            if isinstance(each, LeftOut):
+                result.leave_out(each)
+                continue
+            batch.append(each)
+            size += len(each.event.payload)
+            if len(batch) >= _BATCH_EVENTS or size >= _BATCH_BYTES:
+                result.count(writer.write(batch))
+                batch, size = [], 0
+                progress("events read", seen, None)
+        result.count(writer.write(batch))
+
+
+def _close(store: OpenStore, disk: Disk, result: ImportResult) -> None:
+    announced = True
     try:
-        with closing(BatchWriter(store, disk)) as writer:
-            batch: list[Found] = []
-            size = 0
-            for seen, each in enumerate(events, 1):
-                if isinstance(each, LeftOut):
-                    result.leave_out(each)
-                    continue
-                batch.append(each)
-                size += len(each.event.payload)
-                if len(batch) >= _BATCH_EVENTS or size >= _BATCH_BYTES:
-                    result.count(writer.write(batch))
-                    batch, size = [], 0
-                    progress("events read", seen, None)
-            result.count(writer.write(batch))
-    except (OSError, sqlite3.Error) as error:
-        raise WriteFailedError(
-            f"the import stopped after {result.added} events were added: {error}. They stay; import again for the rest"
-        ) from error
+        announced = result.added > 0 and announce(store, disk)
+    finally:
+        # A lane that showed something keeps what it has reserved: see `announce`.
+        store.close(empty=not announced)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Generator, Iterator
 from typing import IO, Any, Final, NamedTuple
 
@@ -43,9 +44,9 @@ class JsonValue(NamedTuple):
     value: Any
 
 
-def _integer(digits: str) -> int | str:
-    """Return an integer; one of too many digits stays text, so that only the event that it is in is refused."""
-    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+def _integer(digits: str) -> int | float:
+    """Return an integer; one of too many digits is no number, so that only the event that it is in is refused."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else math.nan
 
 
 class JsonStream:
