@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Protocol
 
 try:
     from crash_backup import BackupCampaign
+    from crash_damage import DamageCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
@@ -70,6 +71,13 @@ _KINDS: Final = {
         "every backup held all that was acknowledged when it was begun, nothing else, of each stream a prefix",
         "backups while more than a hundred writers append in several processes",
         "Back up a store under load over and over, restore each backup elsewhere, and compare event by event.",
+    ),
+    "damage": _Kind(
+        DamageCampaign,
+        "changed content",
+        "all damage to content was reported, nothing was served that had not been stored, no command broke",
+        "one random place of one file damaged, and everything asked of the store",
+        "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
     ),
 }
 

@@ -103,9 +103,10 @@ class _Verification:
         self._check_catalogue()
         done = self._ask(done_journals) or {}
         copied = self._ask(copied_sessions) or []
-        registry = check_registry(self._disk, self._root, copied)
+        registry = check_registry(self._disk, self._root, copied, self._view.path)
         if registry.findings:
-            registry = check_registry(self._disk, self._root, self._ask(copied_sessions) or [])
+            copied = self._ask(copied_sessions) or []
+            registry = check_registry(self._disk, self._root, copied, self._view.path)
         self._count(1, registry.bytes)
         self._report.findings += registry.findings
         if self._view.store_id is None:

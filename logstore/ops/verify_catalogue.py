@@ -73,7 +73,7 @@ def check_tables(connection: sqlite3.Connection, path: Path) -> list[Finding]:
             """,
         "segments have a state that is none": """
             SELECT count(*) FROM segments WHERE dropped NOT IN (0, 1) OR sealed NOT IN (0, 1)
-            OR typeof(bytes) != 'integer' OR (sealed = 1 AND sha256 IS NULL)
+            OR typeof(bytes) != 'integer' OR (sealed = 1 AND dropped = 0 AND sha256 IS NULL)
             """,
         "rows say nothing about journals": """
             SELECT count(*) FROM journals WHERE typeof(lane) != 'integer' OR typeof(ordinal) != 'integer'

@@ -6,6 +6,8 @@ import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from logstore.errors import DamageError, FormatVersionError
 from logstore.ops.verify_report import Finding, found
 from logstore.ops.verify_segments import read_whole
@@ -22,25 +24,28 @@ class RegistryCheck(NamedTuple):
 
 
 class CopiedSession(NamedTuple):
-    """A session as the index has it, not ended."""
+    """A session as the index has it."""
 
     key: str
     incarnation: int
     opened_us: int | None
+    ended: bool
+    stream_prefix: str
 
 
 def copied_sessions(connection: sqlite3.Connection) -> list[CopiedSession]:
-    """Return the sessions that have not ended, as the index knows; it may be behind the registry, never ahead."""
+    """Return the sessions as the index has them; it may be behind the registry, never ahead."""
     rows = connection.execute(
         """
-        SELECT session_hash, incarnation, CAST(strftime('%s', opened_at) AS INTEGER) * 1000000 FROM sessions
-        WHERE ended_at IS NULL
+        SELECT session_hash, incarnation, CAST(strftime('%s', opened_at) AS INTEGER) * 1000000, ended_at IS NOT NULL,
+               stream_prefix
+        FROM sessions
         """
     )
     return [CopiedSession._make(row) for row in rows]
 
 
-def check_registry(disk: Disk, root: Path, copied: list[CopiedSession]) -> RegistryCheck:
+def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogue: Path) -> RegistryCheck:
     """Read the registry, and compare it with a copy that was taken before."""
     path = root / "registry.log"
     try:
@@ -54,41 +59,57 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession]) -> Regis
     except DamageError as error:
         return RegistryCheck(len(data), [found("registry", path, str(error), 0, min(HEADER_BYTES, len(data)))])
     findings: list[Finding] = []
-    entries: list[Entry] = []
+    sessions = _Sessions()
     end = HEADER_BYTES
     for offset, after, entry in salvage_entries(data, header.salt):
         if offset != end:
             findings.append(found("registry", path, "bytes that are no whole entry", end, offset - end))
         end = after
-        entries.append(entry)
+        sessions.apply(entry)
     # What follows the last whole entry may be torn: only the copy tells whether an entry was there.
-    lost = _lost_sessions(entries, copied)
+    lost = [each.key for each in copied if sessions.lacks(each)]
     if lost and not findings:
-        names = ", ".join(lost[:5])
-        findings.append(
-            found("registry", path, f"{len(lost)} sessions that were here are not: {names}", end, len(data) - end)
-        )
+        reason = f"{len(lost)} sessions that were here are not: {', '.join(lost[:5])}"
+        findings.append(found("registry", path, reason, end, len(data) - end))
+    altered = [each.key for each in copied if sessions.denies(each)]
+    if altered:
+        reason = f"{len(altered)} sessions are others than in the registry: {', '.join(altered[:5])}"
+        findings.append(found("index", catalogue, reason))
     return RegistryCheck(len(data), findings)
 
 
-def _lost_sessions(entries: list[Entry], copied: list[CopiedSession]) -> list[str]:
-    """Return the sessions of the copy that the registry no longer has, or has with an earlier owner."""
-    owners: dict[str, int] = {}
-    ended: set[str] = set()
-    newest_us = 0
-    for entry in entries:
-        newest_us = max(newest_us, entry.time_us)
+class _Sessions:
+    """The sessions of a registry's entries."""
+
+    def __init__(self) -> None:
+        self._alive: dict[str, Entry] = {}
+        self._ended: set[str] = set()
+        self._newest_us = 0
+
+    def apply(self, entry: Entry) -> None:
+        """Take the next entry."""
+        self._newest_us = max(self._newest_us, entry.time_us)
         if entry.kind == ENDED:
-            owners.pop(entry.key, None)
-            ended.add(entry.key)
-        elif entry.kind == OPENED or entry.key in owners:
-            owners[entry.key] = entry.incarnation
-    lost: list[str] = []
-    for key, incarnation, opened_us in copied:
-        if key in ended:
-            continue
-        # One that ended long ago is gone from a registry that was written anew, and the copy may not know.
-        gone = key not in owners and opened_us is not None and opened_us + 1_000_000 > newest_us
-        if gone or (key in owners and owners[key] < incarnation):
-            lost.append(key)
-    return lost
+            self._alive.pop(entry.key, None)
+            self._ended.add(entry.key)
+        elif entry.kind == OPENED:
+            self._alive[entry.key] = entry
+        elif (opened := self._alive.get(entry.key)) is not None:
+            self._alive[entry.key] = msgspec.structs.replace(opened, incarnation=entry.incarnation)
+
+    def lacks(self, copy: CopiedSession) -> bool:
+        """Whether a session that the index has is missing, or has an earlier owner than the index knows."""
+        if copy.ended or copy.key in self._ended:
+            return False
+        alive = self._alive.get(copy.key)
+        if alive is None:
+            # One that ended long ago is gone from a registry that was written anew, and the copy may not know.
+            return copy.opened_us is not None and copy.opened_us + 1_000_000 > self._newest_us
+        return type(copy.incarnation) is not int or alive.incarnation < copy.incarnation
+
+    def denies(self, copy: CopiedSession) -> bool:
+        """Whether the index has another state of a session than it can have had."""
+        alive = self._alive.get(copy.key)
+        if alive is None or copy.key in self._ended:
+            return False
+        return copy.ended or copy.stream_prefix != alive.stream_prefix

@@ -74,12 +74,18 @@ class SegmentRow(NamedTuple):
     events: int
     first_id: int
     last_id: int
+    stream_id: int | None
+    file: str
 
 
 def segment_row(connection: sqlite3.Connection, number: int) -> SegmentRow | None:
     """Return what the index says of a segment, None when it does not know it."""
     row = connection.execute(
-        "SELECT bytes, sealed, sha256, dropped, events, first_id, last_id FROM segments WHERE segment_id = ?", (number,)
+        """
+        SELECT bytes, sealed, sha256, dropped, events, first_id, last_id, stream_id, file FROM segments
+        WHERE segment_id = ?
+        """,
+        (number,),
     ).fetchone()
     return None if row is None else SegmentRow(*row)
 
@@ -336,9 +342,7 @@ class _Look:
             self._runs[place] == self._runs[final]
             and stream == first.stream
             and (first.id, first.time_us) == (run.first_id, run.first_time_us)
-            # A catalogue of an earlier release does not have the flags.
-            and (last.id, last.time_us) == (run.last_id, run.last_time_us)
-            and run.last_flags in (last.flags, 0)
+            and (last.id, last.time_us, last.flags) == (run.last_id, run.last_time_us, run.last_flags)
             and end == run.offset + run.length
         )
 
@@ -398,6 +402,13 @@ class _Look:
 
     def _compare_totals(self) -> None:
         row = self._row
+        if row is not None and row.file != f"segments/{self._path.name}":
+            self._say("index", f"the index has the segment in the file {row.file}")
+        owners = {stamp.stream for stamp, covered in zip(self._stamps, self._covered, strict=True) if covered}
+        if row is not None and row.stream_id is not None:
+            others = [name for name in owners if self._streams.get(name, (-1, 0))[0] != row.stream_id]
+            if others:
+                self._say("index", f"the index has the segment as stream {row.stream_id}'s own, it holds {others[:3]}")
         ids = [stamp.id for stamp, covered in zip(self._stamps, self._covered, strict=True) if covered]
         if row is None or self._gaps or not ids:
             return
