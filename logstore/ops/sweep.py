@@ -18,6 +18,8 @@ from logstore.storage.segment import UNPUBLISHED, segment_path
 
 _SLICE_ROWS: Final = 20_000
 """Index rows looked at in one transaction: some ten milliseconds in which no checkpoint can commit."""
+_SLICE_FILES: Final = 100
+"""Files removed while no checkpoint can commit: each takes up to a millisecond."""
 _FORGET: Final = "-1 day"
 """How long it is remembered what retention dropped of a stream without events: a follower may hold its last id."""
 
@@ -58,7 +60,7 @@ def sweep(store: OpenStore, inode: int, ragged: Collection[int], progress: Progr
         _mark_empty(store, reader, inode, ragged)
         dead = [_Dead(*row) for row in reader.execute("SELECT segment_id, bytes FROM segments WHERE dropped = 1")]
         # Files first: on a full disk they are what makes room for the rest.
-        removed = _remove_files(store, dead)
+        removed = _remove_files(store, inode, dead)
         _sweep_rows(store, reader, inode, progress)
         _forget(store, reader, inode, dead if removed else [])
     return Swept(len(dead), sum(each.bytes for each in dead), 0) if removed else Swept(0, 0, len(dead))
@@ -77,14 +79,17 @@ def _mark_empty(store: OpenStore, reader: sqlite3.Connection, inode: int, ragged
             catalogue.connection.executemany("UPDATE segments SET dropped = 1 WHERE segment_id = ?", empty)
 
 
-def _remove_files(store: OpenStore, dead: list[_Dead]) -> bool:
+def _remove_files(store: OpenStore, inode: int, dead: list[_Dead]) -> bool:
     """Remove files, unless a backup needs them."""
     lock = store.removal_lock()
     if lock is None:
         return False
     with lock:
-        for each in dead:
-            store.disk.unlink(segment_path(store.root, each.segment_id))
+        for start in range(0, len(dead), _SLICE_FILES):
+            # An index that was made again from these very files would name them.
+            with store.changing_catalogue(inode):
+                for each in dead[start : start + _SLICE_FILES]:
+                    store.disk.unlink(segment_path(store.root, each.segment_id))
         if dead:
             store.disk.sync_folder(store.root / "segments")
     return True
