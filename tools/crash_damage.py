@@ -404,10 +404,10 @@ class DamageCampaign:
         rows = _logical_rows(copy / "events.db")
         if isinstance(rows, str) or isinstance(self._rows, str):
             return f"the index cannot be read: {rows}"
-        for table, now in rows.items():
-            before = self._rows[table]
+        for table, found in rows.items():
+            known = self._rows[table]
             # A log of SQLite's that is cut off leaves an earlier state, which lacks copies of what files have.
-            altered = now - before if table in _COPIES else now ^ before
+            altered = found - known if table in _COPIES else found ^ known
             if altered:
                 return f"{len(altered)} rows of {table} are others"
         return None
