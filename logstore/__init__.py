@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
+from logstore.version import __version__
+
 if TYPE_CHECKING:
     from logstore.config import EventStoreConfig, get_config
     from logstore.mcp.factory import create_event_store
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from logstore.mcp.persistent import PersistentEventStore
     from logstore.ops.maintenance import run_maintenance_tasks
     from logstore.ops.manager import EventStoreManager
-
-__version__ = "0.1.0"
 
 __all__ = [
     "EventStoreConfig",

@@ -13,9 +13,9 @@ from typing import Any, Final, cast
 
 import click
 
-from logstore import __version__
 from logstore.cli.output import accept_any_terminal
 from logstore.errors import LogstoreError
+from logstore.version import __version__
 
 _COMMANDS: Final = (
     "demo",

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from logstore import __version__
 from logstore.errors import DamageError, StoreClosedError
 from logstore.ops.cut import Cut, JournalMark, SegmentMark, count_live, count_unknown, dropped_streams, take_cut
 from logstore.ops.manifest import BACKUP_VERSION, Kind, Manifest, StoredFile, encode_manifest, manifest_key
@@ -30,6 +29,7 @@ from logstore.storage.opening import OpenStore
 from logstore.storage.record import decode_stamp, iter_frames
 from logstore.storage.registry import Registry
 from logstore.storage.segment import iter_segment
+from logstore.version import __version__
 
 logger = logging.getLogger("logstore")
 

@@ -21,10 +21,10 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from logstore import __version__
 from logstore.storage.files import Disk
 from logstore.storage.latency import Latency
 from logstore.storage.worker import Done, Job, Timers
+from logstore.version import __version__
 
 logger = logging.getLogger("logstore")
 

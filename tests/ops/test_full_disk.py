@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,13 @@ async def fill(log: Log) -> list[str]:
     return ids
 
 
+def fill_up(path: Path) -> None:
+    """Take all the room that is left."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
 async def test_reads_retention_and_verify_work_on_a_full_disk_and_the_store_catches_up(path: Path) -> None:
     async with deadline(60), Log(path, small(segment_bytes=1 << 20, volatile_bytes=8 << 20)) as log:
         await log.append("s", b"first")
@@ -55,7 +64,7 @@ async def test_reads_retention_and_verify_work_on_a_full_disk_and_the_store_catc
         assert reserve_path(path.with_name("events-log")).exists()
         ids = await fill(log)
         assert log.health().status == "degraded"
-        assert "No space left" in str(log.health().reason)
+        assert re.search("No space left|disk is full", str(log.health().reason))
         # Reads.
         assert [event.event_id for event in await log.read("s", ids[2], 5)] == ids[3:8]
         with StoreView(path) as view:
@@ -82,9 +91,7 @@ async def test_a_closed_store_on_a_full_disk_can_be_compacted(path: Path) -> Non
         await log.append("s", b"first")
         await log.maintain(compacted)
         ids = await fill(log)
-    with path.with_name("filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))
+    fill_up(path.with_name("filler"))
     done = compact_at(path, KEEP)
     assert done.removed_bytes > 0
     with StoreView(path) as view:
