@@ -213,6 +213,19 @@ async def test_ids_of_a_time_to_come_are_refused_while_others_could_draw_them(tm
     assert imported(path, ndjson(far)).invalid_count == 1
 
 
+def test_no_later_opening_can_draw_an_imported_id_even_if_the_index_is_lost(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    soon = later(0, time.time_ns() // 1_000_000 + 3_600_000)
+    path, source = tmp_path / "events.db", tmp_path / "source"
+    source.write_bytes(ndjson(Event(soon, 0, 1_600_000_000_000_000, "s", 0, b"{}")))
+    assert import_events(path, source, disk=disk).added == 1
+    names = [(kind, "segment" if name.endswith(".segment") else name) for kind, name in disk.calls]
+    segment = names.index(("create", "segment"))
+    # The reservation is on disk before the event is, and so does not hang on the index.
+    opened = len(names) - 1 - names[::-1].index(("lock", "checkpoint.lock"), names[::-1].index(("create", "segment")))
+    assert ("sync", "state") in names[opened:segment]
+
+
 # Events of other stores.
 
 
