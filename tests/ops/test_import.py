@@ -40,7 +40,7 @@ from logstore.storage.record import FLAG_IMPORTED, FLAG_MODEL, FLAG_PRIMING, Eve
 from tests.engine import deadline, small
 from tests.ops.backed_up import DyingDisk, every_call
 from tests.ops.test_export import PAYLOADS, fill
-from tests.storage.disks import FaultyDisk
+from tests.storage.disks import Fault, FaultyDisk
 
 HEAD = '{"format": "logstore-export", "version": 1}\n'
 
@@ -388,6 +388,24 @@ def test_importing_twice_adds_nothing_when_the_catalogue_was_lost_between(tmp_pa
         assert len(contents(store)) == 4
 
 
+def test_where_an_event_came_from_is_noted_before_the_event_is_there(tmp_path: Path) -> None:
+    path, old = tmp_path / "events.db", tmp_path / "old.db"
+    original(old, ROWS)
+
+    def counts() -> tuple[int, int]:
+        with closing(sqlite3.connect(path)) as connection:
+            row = connection.execute("SELECT (SELECT count(*) FROM imports), (SELECT count(*) FROM events)").fetchone()
+            return row[0], row[1]
+
+    disk = FaultyDisk()
+    disk.fail(Fault("create", name=".segment"))
+    with pytest.raises(WriteFailedError, match="after 0 events were added"):
+        import_events(path, old, disk=disk)
+    assert counts() == (4, 0)
+    assert import_events(path, old).added == 4
+    assert counts() == (4, 4)
+
+
 def test_two_who_import_the_same_at_once_add_it_once(tmp_path: Path) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
     original(old, [(f"e{each}", f"s{each % 3}", '{"method":"m"}', 1.5 + each) for each in range(12_000)])
@@ -659,7 +677,7 @@ import os, sys
 from pathlib import Path
 from logstore.ops import importing
 from logstore.storage.files import Disk
-from tests.storage.disks import FaultyDisk
+from tests.storage.disks import Fault, FaultyDisk
 
 importing._BATCH_EVENTS = 30
 
