@@ -194,7 +194,7 @@ def _mend_lane(store: OpenStore, folder: Path) -> list[str]:
         disk.publish(aside / f"lane-{folder.name}-marks-{now}", marks)
         _overwrite(disk, folder / "state", [(offset, STATE_SLOT_BYTES) for offset in bad_slots(state)])
         # In place: whoever has the store open has it mapped.
-        _overwrite(disk, folder / "marks", [(0, PAGE_BYTES)])
+        _overwrite(disk, folder / "marks", [(0, max(PAGE_BYTES, len(marks)))])
     return [f"{folder}: reservation and marks reset, what they were is in {aside}"]
 
 
