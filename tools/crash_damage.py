@@ -45,7 +45,8 @@ from logstore.storage.options import Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.registry import salvage_entries
 
-_RUN_S: Final = 60
+RUN_S = 60
+"""A run that takes longer hangs."""
 _SECTOR: Final = 512
 _PAGE: Final = 4096
 _SMALL: Final = LogOptions(
@@ -114,11 +115,12 @@ class DamageCampaign:
 
     Attributes:
         figures: Counts for the report.
+        events: What the store holds.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.figures: Counter[str] = Counter()
-        self._events: Events = {}
+        self.events: Events = {}
         self._seed = seed
         self._home = folder / "original"
         self._copy = folder / "copy"
@@ -132,9 +134,9 @@ class DamageCampaign:
         report = verify(self._copied() / "events.db")
         if not report.ok:
             raise BrokenPromiseError(f"the store is found damaged before it is: {report.findings[:3]}")
-        self._events = self._read_opened(self._copied() / "events.db")
+        self.events = self._read_opened(self._copied() / "events.db")
         self._files = self._choices()
-        self.figures["events in the store"] = sum(map(len, self._events.values()))
+        self.figures["events in the store"] = sum(map(len, self.events.values()))
 
     # The store.
 
@@ -314,8 +316,8 @@ class DamageCampaign:
             # An open that is refused serves nothing wrong.
             self.figures[f"refused to open: {type(error).__name__}"] += 1
         if served is not None:
-            self._compare(served, damage)
-            if served != self._events and not damage.file.startswith("events-backups/"):
+            self.compare(served, damage)
+            if served != self.events and not damage.file.startswith("events-backups/"):
                 why = why or "what is served is less"
         told = refusal is not None or (report is not None and not report)
         if why:
@@ -367,11 +369,11 @@ class DamageCampaign:
         found: Events = {}
         try:
             with StoreView(path) as view:
-                for stream in self._events:
+                for stream in self.events:
                     found[stream] = list(_read(view.reader, stream))
         except LogstoreError as error:
             self.figures[f"refused to look: {type(error).__name__}"] += 1
-        self._compare(found, damage)
+        self.compare(found, damage)
 
     def _repair(self, path: Path, damage: Damage, ok: bool | None) -> None:
         done = repair(path)
@@ -381,9 +383,14 @@ class DamageCampaign:
             raise BrokenPromiseError(f"{damage}: after repair there is still {left[:3]}; done was {done.actions}")
         self.figures["clean after repair"] += ok is not True
 
-    def _compare(self, found: Events, damage: Damage) -> None:
+    def compare(self, found: Events, damage: Damage) -> None:
+        """Compare what was served with what was stored.
+
+        Raises:
+            BrokenPromiseError: An event is another one, or comes out of order.
+        """
         for stream, events in found.items():
-            original = self._events.get(stream, [])
+            original = self.events.get(stream, [])
             known = {each[0]: each for each in original}
             last = 0
             for event in events:
@@ -428,7 +435,7 @@ class DamageCampaign:
             names: list[str] = []
             with contextlib.suppress(sqlite3.Error):
                 names += [summary.stream for summary in store.catalogue.summaries()]
-            for name in dict.fromkeys([*names, *self._events]):
+            for name in dict.fromkeys([*names, *self.events]):
                 found[name] = list(_read(reader, name))
             foreign.close()
         finally:
@@ -521,10 +528,10 @@ def _deadline(damage: Damage) -> Generator[None]:
     """End what hangs."""
 
     def late(_signal: int, _frame: FrameType | None) -> None:
-        raise BrokenPromiseError(f"{damage}: not done within {_RUN_S} s")
+        raise BrokenPromiseError(f"{damage}: not done within {RUN_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(_RUN_S)
+    signal.alarm(RUN_S)
     try:
         yield
     finally:

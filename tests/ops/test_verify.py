@@ -40,12 +40,12 @@ def store(original: Path, tmp_path: Path) -> Path:
     return copied(original, tmp_path / "store")
 
 
-def found(path: Path, **options: bool) -> list[Finding]:
-    return verify(path, **options).findings
+def found(path: Path, *, quick: bool = False) -> list[Finding]:
+    return verify(path, quick=quick).findings
 
 
-def kinds(path: Path, **options: bool) -> set[str]:
-    return {finding.kind for finding in found(path, **options)}
+def kinds(path: Path, *, quick: bool = False) -> set[str]:
+    return {finding.kind for finding in found(path, quick=quick)}
 
 
 def test_a_whole_store_is_well_every_byte_of_it_is_read_and_nothing_is_written(store: Path) -> None:
