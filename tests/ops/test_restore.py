@@ -310,14 +310,17 @@ def try_restore(folder: Path, path: Path, disk: Disk) -> RestoreResult | Logstor
         return error
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["died", "failed once"])
+@pytest.mark.parametrize(
+    ("start", "step", "once"),
+    [(1, 3, False), (2, 3, False), (3, 3, False), (1, 7, True)],
+    ids=["died 1", "died 2", "died 3", "failed once"],
+)
 def test_whatever_call_of_the_disk_fails_the_store_is_the_old_one_or_the_new_one(
-    prepared: tuple[Path, Contents, Contents], tmp_path: Path, once: bool
+    prepared: tuple[Path, Contents, Contents], tmp_path: Path, start: int, step: int, once: bool
 ) -> None:
     folder, old, new = prepared
     outcomes: list[str] = []
-    # A step that has no divisor in common with the rhythm of the calls; each of them dies in the other run.
-    for at in every_call(step=7 if once else 1):
+    for at in every_call(start=start, step=step):
         place = tmp_path / str(at)
         shutil.copytree(folder / "store", place)
         path = place / "events.db"
@@ -345,49 +348,46 @@ def test_whatever_call_of_the_disk_fails_the_store_is_the_old_one_or_the_new_one
     if not once:
         # Once it is decided there is no way back.
         assert outcomes == sorted(outcomes, reverse=True)
-        assert outcomes.count("new") > 10
+        assert outcomes.count("new") > 3
+
+
+def interrupted(folder: Path, path: Path, after_marker: int, *, once: bool = False) -> DyingDisk:
+    """Restore over the prepared store with a disk that fails so many calls after the marker; return the disk."""
+    healthy = FaultyDisk()
+    shutil.copytree(folder / "store", path.parent.with_name("healthy"))
+    restore(folder / "pool", path.parent.with_name("healthy") / "events.db", disk=healthy)
+    shutil.copytree(folder / "store", path.parent)
+    disk = DyingDisk(healthy.calls.index(("rename", "replacing")) + 1 + after_marker, once=once)
+    with pytest.raises(WriteFailedError, match="opened next"):
+        restore(folder / "pool", path, disk=disk)
+    assert is_replacing(path.parent / "events-log")
+    return disk
 
 
 def test_what_was_decided_is_not_undone_when_the_disk_fails_at_that_moment(
-    prepared: tuple[Path, Contents, Contents], tmp_path: Path
+    prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
     """The marker is in its place, and the sync of its folder fails."""
     folder, _, new = prepared
-    for number in range(2):
-        shutil.copytree(folder / "store", tmp_path / str(number))
-    healthy = FaultyDisk()
-    restore(folder / "pool", tmp_path / "0" / "events.db", disk=healthy)
-    disk = DyingDisk(healthy.calls.index(("rename", "replacing")) + 2, once=True)
-    with pytest.raises(WriteFailedError, match="opened next"):
-        restore(folder / "pool", tmp_path / "1" / "events.db", disk=disk)
+    disk = interrupted(folder, path, 1, once=True)
     assert disk.calls[-1] == ("sync_folder", "events-log")
-    assert contents(tmp_path / "1" / "events.db") == new
+    assert contents(path) == new
 
 
 def test_an_interrupted_restore_is_finished_by_the_next_restore_too(
-    prepared: tuple[Path, Contents, Contents], tmp_path: Path
+    prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
     folder, _, new = prepared
-    path = tmp_path / "store" / "events.db"
-    shutil.copytree(folder / "store", path.parent)
-    for at in every_call(start=100):
-        assert isinstance(try_restore(folder, path, DyingDisk(at)), LogstoreError)
-        if is_replacing(path.parent / "events-log"):
-            break
+    interrupted(folder, path, 4)
     restore(folder / "pool", path)
     assert contents(path) == new
 
 
 def test_processes_that_open_an_interrupted_restore_at_once_see_one_store(
-    prepared: tuple[Path, Contents, Contents], tmp_path: Path
+    prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
     folder, _, new = prepared
-    path = tmp_path / "store" / "events.db"
-    shutil.copytree(folder / "store", path.parent)
-    for at in every_call(start=100):
-        try_restore(folder, path, DyingDisk(at))
-        if is_replacing(path.parent / "events-log"):
-            break
+    interrupted(folder, path, 4)
     failed: list[BaseException] = []
 
     def look() -> None:
