@@ -8,6 +8,7 @@ event loop call them with `asyncio.to_thread`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Generator
 from datetime import datetime
@@ -27,6 +28,8 @@ from logstore.ops.restore import restore
 from logstore.ops.rotation import delete_old
 from logstore.ops.statistics import store_statistics
 from logstore.storage.opening import OpenStore
+
+logger = logging.getLogger("logstore")
 
 
 class EventStoreManager:
@@ -127,10 +130,17 @@ class EventStoreManager:
     def import_events(self, path: str | os.PathLike[str]) -> int:
         """Add the events of a file that are not in the store yet, and return how many; durable on return.
 
+        What is left out is logged: another event under the same id, and what is no event.
+
         Args:
             path: An export of this or another store, or a SQLite database of the original store or of mcp-persist.
 
         Raises:
             LogstoreError: The file cannot be understood, or the store not be opened.
         """
-        return import_events(self._path, Path(path)).added
+        result = import_events(self._path, Path(path))
+        for each in [*result.conflicts, *result.invalid]:
+            logger.error("not imported from %s: %s", path, each)
+        if result.ended is not None:
+            logger.error("the import from %s ended early: %s", path, result.ended)
+        return result.added
