@@ -23,11 +23,11 @@ from logstore.ops.progress import Progress, silent
 from logstore.ops.repair_segments import mend_segment
 from logstore.ops.verify import verify
 from logstore.ops.verify_backups import check_backups
+from logstore.ops.verify_frames import read_whole
 from logstore.ops.verify_index import Index
 from logstore.ops.verify_journals import STATE_SLOT_BYTES, bad_slots
 from logstore.ops.verify_losses import Losses, iso_moment, lost_runs, record_losses
 from logstore.ops.verify_report import Finding, Report
-from logstore.ops.verify_segments import read_whole
 from logstore.storage.catalogue import iso_now
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, decode_header
@@ -194,7 +194,7 @@ def _mend_lane(store: OpenStore, folder: Path) -> list[str]:
         disk.publish(aside / f"lane-{folder.name}-marks-{now}", marks)
         _overwrite(disk, folder / "state", [(offset, STATE_SLOT_BYTES) for offset in bad_slots(state)])
         # In place: whoever has the store open has it mapped.
-        _overwrite(disk, folder / "marks", [(0, max(PAGE_BYTES, len(marks)))])
+        _overwrite(disk, folder / "marks", [(0, PAGE_BYTES)])
     return [f"{folder}: reservation and marks reset, what they were is in {aside}"]
 
 

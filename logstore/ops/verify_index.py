@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from logstore.storage.catalogue import connect
 
@@ -101,8 +101,8 @@ def marks(part: list[Any]) -> str:
     return ", ".join("?" * len(part))
 
 
-Place = tuple[int, int, int, int]
-"""Where an event lies: stream, segment, offset, length."""
+Place = tuple[int, int, int, int, int]
+"""Where an event lies: its id, stream, segment, offset, length."""
 
 
 def places(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Place]:
@@ -110,7 +110,7 @@ def places(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Plac
     found: dict[int, Place] = {}
     for part in batches(ids):
         rows = connection.execute(f"SELECT * FROM events WHERE event_id IN ({marks(part)})", part)
-        found.update((row[0], row[1:]) for row in rows)
+        found.update({row[0]: row for row in rows})
     return found
 
 
@@ -124,3 +124,50 @@ def streams(connection: sqlite3.Connection, names: Iterable[str]) -> dict[str, t
         # What is no number is damage, which the check of the table reports.
         found.update((name, (number, dropped if isinstance(dropped, int) else 0)) for name, number, dropped in rows)
     return found
+
+
+class SegmentRow(NamedTuple):
+    """What the index says of a segment as a whole."""
+
+    bytes: int
+    sealed: int
+    sha256: str | None
+    dropped: int
+    events: int
+    first_id: int
+    last_id: int
+    stream_id: int | None
+    file: str
+
+
+def segment_row(connection: sqlite3.Connection, number: int) -> SegmentRow | None:
+    """Return what the index says of a segment, None when it does not know it."""
+    row = connection.execute(
+        """
+        SELECT bytes, sealed, sha256, dropped, events, first_id, last_id, stream_id, file FROM segments
+        WHERE segment_id = ?
+        """,
+        (number,),
+    ).fetchone()
+    return None if row is None else SegmentRow(*row)
+
+
+class IndexedEvent(NamedTuple):
+    """A row of the index that names a segment."""
+
+    event_id: int
+    stream: str
+    offset: int
+    length: int
+
+
+def rows_of(connection: sqlite3.Connection, number: int) -> Iterator[IndexedEvent]:
+    """Yield the events that the index has in a segment, but those that retention dropped; a pass over all rows."""
+    rows = connection.execute(
+        """
+        SELECT event_id, coalesce(name, ''), offset, length FROM events LEFT JOIN streams USING (stream_id)
+        WHERE segment_id = ? AND event_id > coalesce(dropped_id, 0) ORDER BY offset
+        """,
+        (number,),
+    )
+    return map(IndexedEvent._make, rows)

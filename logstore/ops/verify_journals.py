@@ -9,9 +9,10 @@ from typing import Final, NamedTuple
 import google_crc32c
 
 from logstore.errors import DamageError, FormatVersionError
+from logstore.ops.verify_frames import read_whole
 from logstore.ops.verify_ledger import JournalEvent
 from logstore.ops.verify_report import Finding, found
-from logstore.ops.verify_segments import Spot, read_whole
+from logstore.ops.verify_segments import Spot
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header, frame_seed
 from logstore.storage.ids import lane_of
@@ -289,7 +290,7 @@ class LaneLook:
             return
         self._sizes[_MARKS] = len(data)
         reserved = read_reservation(self._disk, self._folder).ordinal
-        if data[_MARKS_USED:].strip(b"\0"):
+        if data[_MARKS_USED:PAGE_BYTES].strip(b"\0"):
             self._findings.append(found("lane", path, "bytes where the marks have none", _MARKS_USED, None))
         if incarnation and lane_of(incarnation) != self._number:
             self._findings.append(found("lane", path, "the incarnation is not one of this lane", 32, 8))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from logstore.ops.verify_index import batches, places, streams
+from logstore.ops.verify_index import Place, batches, places, streams
 from logstore.ops.verify_report import Finding, found
 from logstore.ops.verify_segments import Link, Spot
 from logstore.storage.files import Disk
@@ -88,7 +88,7 @@ class Ledger:
             for event_id, stream, checksum, file, offset in part:
                 place = where.get(event_id)
                 if place is not None and _is_other(disk, root, place, checksum):
-                    reason = f"segment {place[1]} has another event under the same id"
+                    reason = f"segment {place[2]} has another event under the same id"
                     findings.append(found("conflict", Path(file), reason, offset, None, [(event_id, stream)]))
         return findings
 
@@ -106,7 +106,7 @@ class Ledger:
             for link in links:
                 stream_id, dropped = known.get(link.stream, (-1, 0))
                 place = where.get(link.prev)
-                if link.prev > dropped and (place is None or place[0] != stream_id):
+                if link.prev > dropped and (place is None or place[1] != stream_id):
                     yield link
 
     def unindexed(self, connection: sqlite3.Connection) -> list[Finding]:
@@ -130,9 +130,9 @@ class Ledger:
             yield part
 
 
-def _is_other(disk: Disk, root: Path, place: tuple[int, int, int, int], checksum: bytes) -> bool:
+def _is_other(disk: Disk, root: Path, place: Place, checksum: bytes) -> bool:
     """Whether at an event's place in a segment another frame begins than the one with this length and checksum."""
-    _, segment, offset, length = place
+    _, _, segment, offset, length = place
     try:
         fd = disk.open(segment_path(root, segment))
     except FileNotFoundError:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify_index import Place, places, streams
+from logstore.ops.verify_frames import Frames, read_whole
+from logstore.ops.verify_index import IndexedEvent, Place, SegmentRow, places, rows_of, segment_row, streams
 from logstore.ops.verify_report import Finding, found
 from logstore.storage.catalogue import Extent
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
-from logstore.storage.record import FRAME_HEADER, Stamp, decode_stamp, frame_at, iter_frames, salvage_frames
+from logstore.storage.record import FRAME_HEADER, decode_stamp, frame_at
 from logstore.storage.segment import segment_path
 
 _STREAMS_A_STATEMENT: Final = 80
@@ -64,32 +65,6 @@ class SegmentCheck(NamedTuple):
     unknown: list[Spot]
 
 
-class SegmentRow(NamedTuple):
-    """What the index says of a segment as a whole."""
-
-    bytes: int
-    sealed: int
-    sha256: str | None
-    dropped: int
-    events: int
-    first_id: int
-    last_id: int
-    stream_id: int | None
-    file: str
-
-
-def segment_row(connection: sqlite3.Connection, number: int) -> SegmentRow | None:
-    """Return what the index says of a segment, None when it does not know it."""
-    row = connection.execute(
-        """
-        SELECT bytes, sealed, sha256, dropped, events, first_id, last_id, stream_id, file FROM segments
-        WHERE segment_id = ?
-        """,
-        (number,),
-    ).fetchone()
-    return None if row is None else SegmentRow(*row)
-
-
 def check_segment(
     disk: Disk, root: Path, number: int, store_id: int, seed: int, connection: sqlite3.Connection | None, full: bool
 ) -> SegmentCheck | None:
@@ -124,53 +99,12 @@ def check_segment(
     except OSError as error:
         finding = found("damage", path, f"the disk does not give the file: {error}")
         return SegmentCheck(number, 0, 0, 0, 0, [finding], [], [])
-    look = _Look(disk, root, number, data, row, connection)
+    look = _Look(disk, root, number, data, row, seed, has_index=connection is not None)
     look.check_file(store_id)
-    look.read_frames(seed)
     if connection is not None:
-        look.compare(connection, full or look.is_ragged, seed)
+        look.compare(connection, full or look.is_ragged)
     look.tell_gaps()
     return look.result()
-
-
-def read_whole(disk: Disk, path: Path) -> bytes:
-    """Return a file's bytes."""
-    fd = disk.open(path)
-    try:
-        return disk.read(fd, disk.size(fd), 0)
-    finally:
-        disk.close(fd)
-
-
-def _whole_frames(data: bytes, seed: int) -> Iterator[tuple[int, bytes]]:
-    """Yield `(offset, frame)` of all whole frames of a segment, those behind damage included."""
-    end = HEADER_BYTES
-    for offset, frame in iter_frames(data, seed, HEADER_BYTES):
-        yield offset, frame
-        end = offset + len(frame)
-    if end < len(data):
-        yield from salvage_frames(data, seed, end)
-
-
-class IndexedEvent(NamedTuple):
-    """A row of the index that names a segment."""
-
-    event_id: int
-    stream: str
-    offset: int
-    length: int
-
-
-def rows_of(connection: sqlite3.Connection, number: int) -> Iterator[IndexedEvent]:
-    """Yield the events that the index has in a segment, but those that retention dropped; a pass over all rows."""
-    rows = connection.execute(
-        """
-        SELECT event_id, coalesce(name, ''), offset, length FROM events LEFT JOIN streams USING (stream_id)
-        WHERE segment_id = ? AND event_id > coalesce(dropped_id, 0) ORDER BY offset
-        """,
-        (number,),
-    )
-    return map(IndexedEvent._make, rows)
 
 
 class _Look:
@@ -183,7 +117,9 @@ class _Look:
         number: int,
         data: bytes,
         row: SegmentRow | None,
-        connection: sqlite3.Connection | None,
+        seed: int,
+        *,
+        has_index: bool,
     ) -> None:
         self._disk = disk
         self._root = root
@@ -191,13 +127,16 @@ class _Look:
         self._path = segment_path(root, number)
         self._data = data
         self._row = row
-        self._has_index = connection is not None
+        self._has_index = has_index
         self._altered = False
-        self._stamps: list[Stamp] = []
-        self._offsets: list[int] = []
-        self._lengths: list[int] = []
-        self._gaps: list[tuple[int, int]] = []
-        self._runs: list[int] = []
+        frames = Frames(data, seed)
+        self._stamps = frames.stamps
+        self._offsets = frames.offsets
+        self._lengths = frames.lengths
+        self._gaps = frames.gaps
+        self._runs = frames.runs
+        self._spans = frames.spans()
+        self._seed = seed
         self._streams: dict[str, tuple[int, int]] = {}
         self._live = bytearray()
         self._covered = bytearray()
@@ -249,39 +188,22 @@ class _Look:
             elif header.number != self._number:
                 self._say("damage", f"the file is segment {header.number} by its header", 0, HEADER_BYTES)
 
-    def read_frames(self, seed: int) -> None:
-        """Find the whole frames, and what lies between them."""
-        end, run, stream, last = HEADER_BYTES, 0, "", 0
-        for offset, frame in _whole_frames(self._data, seed):
-            stamp = decode_stamp(frame)
-            if offset != end:
-                self._gaps.append((end, offset - end))
-                run += 1
-            elif stamp.stream != stream or stamp.id <= last:
-                run += 1
-            end, stream, last = offset + len(frame), stamp.stream, stamp.id
-            self._stamps.append(stamp)
-            self._offsets.append(offset)
-            self._lengths.append(len(frame))
-            self._runs.append(run)
-        if end < len(self._data):
-            self._gaps.append((end, len(self._data) - end))
-
-    def compare(self, connection: sqlite3.Connection, full: bool, seed: int) -> None:
+    def compare(self, connection: sqlite3.Connection, full: bool) -> None:
         """Compare frames, rows of events, and runs, each with the others."""
         stamps = self._stamps
-        self._streams = streams(connection, {stamp.stream for stamp in stamps})
+        self._streams = streams(connection, self._spans)
         where = places(connection, [stamp.id for stamp in stamps])
         self._live = bytearray(len(stamps))
         self._covered = bytearray(len(stamps))
         # Of an event that lies here more than once the index has one place.
         nowhere = (-1, 0)
+        number = self._number
         for place, (stamp, offset, length) in enumerate(zip(stamps, self._offsets, self._lengths, strict=True)):
             stream_id = self._streams.get(stamp.stream, nowhere)[0]
-            if where.get(stamp.id) == (stream_id, self._number, offset, length):
+            if where.get(stamp.id) == (stamp.id, stream_id, number, offset, length):
                 self._live[place] = 1
         self._compare_runs(self._all_runs(connection) if full else self._runs_of_streams(connection))
-        self._compare_each(where, seed)
+        self._compare_each(where)
         self._compare_totals()
         self._follow_chain(connection, where)
         if full:
@@ -294,11 +216,7 @@ class _Look:
 
     def _runs_of_streams(self, connection: sqlite3.Connection) -> Iterator[Extent]:
         """Yield the runs that the index has here of the streams that are here, by its key."""
-        spans: dict[str, tuple[int, int]] = {}
-        for stamp in self._stamps:
-            first, last = spans.get(stamp.stream, (stamp.id, stamp.id))
-            spans[stamp.stream] = (min(first, stamp.id), max(last, stamp.id))
-        keys = [(self._streams[name][0], *span) for name, span in spans.items() if name in self._streams]
+        keys = [(self._streams[name][0], *span) for name, span in self._spans.items() if name in self._streams]
         for start in range(0, len(keys), _STREAMS_A_STATEMENT):
             part = keys[start : start + _STREAMS_A_STATEMENT]
             values = ", ".join(["(?, ?, ?)"] * len(part))
@@ -353,7 +271,7 @@ class _Look:
         missing = [(len(self._data), self._known_bytes - len(self._data)), *self._gaps]
         return any(start < run.offset + run.length and run.offset < start + size for start, size in missing if size > 0)
 
-    def _compare_each(self, where: dict[int, Place], seed: int) -> None:
+    def _compare_each(self, where: dict[int, Place]) -> None:
         """Look at the events that rows and runs do not both have here."""
         if self._live == self._covered and all(self._live):
             return
@@ -367,25 +285,25 @@ class _Look:
             elif live:
                 runless.append((stamp.id, stamp.stream))
             else:
-                self._look_elsewhere(place, where.get(stamp.id), seed)
+                self._look_elsewhere(place, where.get(stamp.id))
         if rowless:
             self._say("index", "events that runs have here and rows have not", events=rowless)
         if runless and not self._gaps:
             self._say("index", "events that rows have here and runs have not", events=runless)
 
-    def _look_elsewhere(self, place: int, known: Place | None, seed: int) -> None:
+    def _look_elsewhere(self, place: int, known: Place | None) -> None:
         """Look for an event that is here and that the index does not have here."""
         stamp, offset = self._stamps[place], self._offsets[place]
         if known is None:
             checksum = self._data[offset : offset + FRAME_HEADER.size]
             self._unknown.append(Spot(stamp.id, stamp.stream, checksum, str(self._path), offset))
-        elif self._differs(place, known, seed):
+        elif self._differs(place, known):
             reason = "the index has another event under the same id elsewhere"
             self._say("conflict", reason, offset, self._lengths[place], [(stamp.id, stamp.stream)])
 
-    def _differs(self, place: int, known: Place, seed: int) -> bool:
+    def _differs(self, place: int, known: Place) -> bool:
         """Whether the index has another event under the id of the frame at a place."""
-        _, segment, offset, length = known
+        _, _, segment, offset, length = known
         if not (type(segment) is type(offset) is type(length) is int and offset >= 0 and 0 < length < 1 << 32):
             return False
         try:
@@ -393,7 +311,7 @@ class _Look:
         except FileNotFoundError:
             return False
         try:
-            frame = frame_at(self._disk.read(fd, length, offset), 0, seed)
+            frame = frame_at(self._disk.read(fd, length, offset), 0, self._seed)
         finally:
             self._disk.close(fd)
         own = self._data[self._offsets[place] : self._offsets[place] + self._lengths[place]]
@@ -404,8 +322,8 @@ class _Look:
         row = self._row
         if row is not None and row.file != f"segments/{self._path.name}":
             self._say("index", f"the index has the segment in the file {row.file}")
-        owners = {stamp.stream for stamp, covered in zip(self._stamps, self._covered, strict=True) if covered}
-        if row is not None and row.stream_id is not None:
+        if row is not None and row.stream_id is not None and len(self._spans) > 1:
+            owners = {stamp.stream for stamp, covered in zip(self._stamps, self._covered, strict=True) if covered}
             others = [name for name in owners if self._streams.get(name, (-1, 0))[0] != row.stream_id]
             if others:
                 self._say("index", f"the index has the segment as stream {row.stream_id}'s own, it holds {others[:3]}")
@@ -433,7 +351,7 @@ class _Look:
             if prev and prev != last.get(stamp.stream) and self._live[place]:
                 known = where.get(prev)
                 stream_id, dropped = self._streams[stamp.stream]
-                if prev > dropped and (known is None or known[0] != stream_id):
+                if prev > dropped and (known is None or known[1] != stream_id):
                     asked.append(place)
             last[stamp.stream] = stamp.id
         if not asked:
@@ -442,7 +360,7 @@ class _Look:
         for place in asked:
             stamp = self._stamps[place]
             known = elsewhere.get(stamp.prev)
-            if known is None or known[0] != self._streams[stamp.stream][0]:
+            if known is None or known[1] != self._streams[stamp.stream][0]:
                 self._links.append(Link(stamp.prev, stamp.id, stamp.stream, str(self._path), self._offsets[place]))
 
     def tell_gaps(self) -> None:

@@ -279,8 +279,7 @@ def test_what_a_lane_keeps_beside_its_journals_is_mended(store: Path) -> None:
     lane.lane.end()
     held.close(empty=True)
     flip(folder / "state", 9)
-    with (folder / "marks").open("ab") as marks:
-        marks.write(b"garbage")
+    change(folder / "marks", 2000, b"garbage")
     assert {each.kind for each in verify(store).findings} == {"lane"}
     assert repair(store).report.findings == []
 
