@@ -23,6 +23,7 @@ from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions, Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import FIRST_PAGE_EVENTS, Event, next_page_events
+from logstore.storage.replacement import is_replacing
 from logstore.storage.segment import segment_numbers, segment_path
 
 
@@ -33,6 +34,9 @@ def find_store(path: Path) -> Path:
         NotAStoreError: There is no store, or the path is something else.
     """
     root = log_folder(path)
+    if is_replacing(root):
+        # Between the old store and the new one; both are there.
+        return root
     found = inspect_file(path, look_only=True)
     if found == "absent" and not (root / "registry.log").exists() and not (root / "segments").is_dir():
         raise NotAStoreError(
@@ -114,6 +118,12 @@ class StoreView:
         if lock is None:
             pids = lock_holders(path)
             raise StoreLockedError(f"{self.path} is being replaced by process {pids}; try again when it is done", pids)
+        if is_replacing(self.root):
+            lock.release()
+            raise StoreLockedError(
+                f"a restore of {self.path} was interrupted; the next server that opens it, or another "
+                "restore, finishes it"
+            )
         return lock
 
     def _find_store_id(self) -> int | None:

@@ -20,11 +20,10 @@ from logstore.ops.manifest import Manifest, StoredFile, missing_objects, read_ma
 from logstore.ops.moment import cut_off
 from logstore.ops.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
 from logstore.ops.progress import Progress, silent
-from logstore.ops.reservation import write_reservation
 from logstore.storage.catalogue import Catalogue, connect, inspect_file
 from logstore.storage.files import Disk
 from logstore.storage.indexing import make_index
-from logstore.storage.lane import Reservation, lane_folders, read_reservation
+from logstore.storage.lane import Reservation, first_reservation, lane_folders, read_reservation
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
 from logstore.storage.registry import Registry
@@ -211,7 +210,7 @@ class _Restore:
         for lane, reservation in self._reservations().items():
             folder = self._staged_root / "lanes" / f"{lane:04d}"
             self._disk.make_folder(folder)
-            write_reservation(self._disk, folder, reservation)
+            first_reservation(self._disk, folder, reservation)
         if until is None:
             return 0
         moment = until if until.tzinfo else until.replace(tzinfo=UTC)

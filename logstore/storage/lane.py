@@ -221,6 +221,23 @@ def _read_state(disk: Disk, folder: Path) -> _State:
     return newest
 
 
+def first_reservation(disk: Disk, folder: Path, reservation: Reservation) -> None:
+    """Give a lane that has no `state` yet its first one; on return the file is on disk, its folder's entry not."""
+    fd = disk.create(folder / "state")
+    try:
+        _write_slot(disk, fd, _State(1, reservation))
+    finally:
+        disk.close(fd)
+
+
+def _write_slot(disk: Disk, fd: int, state: _State) -> None:
+    fields = _STATE_FIELDS.pack(state.sequence, *state.reservation)
+    # Never over the newest, which a torn write would take along.
+    slot = _STATE_SLOTS[state.sequence % len(_STATE_SLOTS)]
+    disk.write(fd, fields + _CRC.pack(google_crc32c.value(fields)), slot)
+    disk.sync(fd)
+
+
 class Lane:
     """The lane that this process writes.
 
@@ -289,13 +306,9 @@ class Lane:
 
     def _write_state(self, reservation: Reservation) -> None:
         sequence = self._sequence + 1
-        fields = _STATE_FIELDS.pack(sequence, *reservation)
         fd = self._disk.open(self.folder / "state", create=True)
         try:
-            # Never over the newest, which a torn write would take along.
-            slot = _STATE_SLOTS[sequence % len(_STATE_SLOTS)]
-            self._disk.write(fd, fields + _CRC.pack(google_crc32c.value(fields)), slot)
-            self._disk.sync(fd)
+            _write_slot(self._disk, fd, _State(sequence, reservation))
         finally:
             self._disk.close(fd)
         if not self._state_in_folder:

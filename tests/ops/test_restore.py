@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 
 from logstore.errors import DamageError, GapError, LogstoreError, NotAStoreError, StoreLockedError, WriteFailedError
-from logstore.ops.access import StoreView
+from logstore.ops.access import StoreView, open_existing
 from logstore.ops.manifest import read_manifest
 from logstore.ops.pool import FolderTarget
-from logstore.ops.reservation import write_reservation
 from logstore.ops.restore import RestoreResult, restore
 from logstore.storage import Log
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
-from logstore.storage.lane import Reservation, read_reservation
+from logstore.storage.lane import Reservation, first_reservation, read_reservation
 from logstore.storage.opening import OpenStore
 from logstore.storage.record import Event, encode_frame
 from logstore.storage.replacement import is_replacing
@@ -161,7 +160,7 @@ def test_no_id_of_the_replaced_store_is_given_out_again(path: Path, pool: Path) 
     lane = path.parent / "events-log" / "lanes" / "0007"
     lane.mkdir()
     ahead = Reservation(read_reservation(Disk(), lane.with_name("0000")).event_id + (1 << 50), 77)
-    write_reservation(Disk(), lane, ahead)
+    first_reservation(Disk(), lane, ahead)
     restore(pool, path)
     assert read_reservation(Disk(), lane) == ahead
     write(path, 1)
@@ -173,7 +172,7 @@ def test_no_id_of_the_backed_up_store_is_given_out_again(path: Path, pool: Path,
     lane = path.parent / "events-log" / "lanes" / "0007"
     lane.mkdir()
     ahead = Reservation(read_reservation(Disk(), lane.with_name("0000")).event_id + (1 << 50), 77)
-    write_reservation(Disk(), lane, ahead)
+    first_reservation(Disk(), lane, ahead)
     back_up(path, pool)
     other = tmp_path / "other" / "events.db"
     restore(pool, other)
@@ -488,3 +487,15 @@ def test_journals_are_cut_off_at_a_moment_too(path: Path, pool: Path, tmp_path: 
     assert restored_ids(pool, tmp_path / "c" / "events.db", NOON + timedelta(days=1)) == {"stream": ids}
     for other in ("a", "b", "c"):
         assert list((tmp_path / other / "events-log" / "damaged").iterdir()) == []
+
+
+def test_a_look_at_a_store_between_the_old_and_the_new_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    with opened(path) as store:
+        root = store.root
+    (root / "replacing").touch()
+    path.unlink()
+    with pytest.raises(StoreLockedError, match="interrupted"), StoreView(path):
+        pass
+    open_existing(path).close(empty=True)
+    assert not (root / "replacing").exists()
