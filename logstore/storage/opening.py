@@ -17,10 +17,10 @@ from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, Sto
 from logstore.storage.catalogue import Catalogue, inspect_file, is_damage
 from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
-from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
+from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
 from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_index, reindex, silent
-from logstore.storage.lane import Lane, Marks, journal_ordinals, lane_folders, read_reservation
+from logstore.storage.lane import Lane, Marks, journal_ordinals, journal_path, lane_folders, read_reservation
 from logstore.storage.recovery import adopt_lane
 from logstore.storage.registry import Registry
 from logstore.storage.replacement import finish_replacing, is_replacing, remove_waste
@@ -194,19 +194,25 @@ class OpenStore:
             logger.warning("what an interrupted restore left in %s cannot be removed: %s", self.root, error)
 
     def _existing_store_id(self) -> int | None:
-        """Return the id that the segments name, for a store that lost its registry."""
+        """Return the id that segments and journals name, for a store that lost its registry."""
         if (self.root / "registry.log").exists():
             return None
-        for number in segment_numbers(self.disk, self.root):
-            path = segment_path(self.root, number)
-            fd = self.disk.open(path)
+        disk, root = self.disk, self.root
+        files = [(segment_path(root, number), KIND_SEGMENT) for number in segment_numbers(disk, root)]
+        files += [
+            (journal_path(folder, ordinal), KIND_JOURNAL)
+            for _, folder in lane_folders(disk, root)
+            for ordinal in journal_ordinals(disk, folder)
+        ]
+        for path, kind in files:
+            fd = disk.open(path)
             try:
-                store_id = decode_header(self.disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).store_id
+                store_id = decode_header(disk.read(fd, HEADER_BYTES, 0), path, kind).store_id
             except DamageError:
                 continue
             finally:
-                self.disk.close(fd)
-            logger.error("%s lost its registry: sessions are gone, events are not", self.root)
+                disk.close(fd)
+            logger.error("%s lost its registry: sessions are gone, events are not", root)
             return store_id
         return None
 

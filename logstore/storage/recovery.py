@@ -45,7 +45,7 @@ def adopt_lane(
     done = catalogue.checkpointed_journals(number)
     ordinals = journal_ordinals(disk, folder)
     ends = _ends_by_successor(disk, folder, ordinals)
-    durable = _durable_mark(disk, folder)
+    witnesses = _witnesses(disk, folder)
     highest = 0
     for ordinal in ordinals:
         journal = Journal(folder, number, ordinal)
@@ -53,7 +53,7 @@ def adopt_lane(
             # The process died between the commit and the unlink.
             segments.write([], [journal], time.time_ns() // 1000)
             continue
-        scan = _recover_journal(disk, root, journal, catalogue, store_id, ends.get(ordinal), durable)
+        scan = _recover_journal(disk, root, journal, catalogue, store_id, ends.get(ordinal), witnesses)
         frames = {decode_frame(frame).id: frame for frame in scan.frames}
         highest = max(highest, max(frames, default=0))
         # Some may be in segments: a checkpoint got them there, and the index, which knew that, was lost.
@@ -74,9 +74,14 @@ def _show_adopted(disk: Disk, folder: Path, ordinal: int) -> None:
             marks.show(ordinal, _END_OF_FILE)
 
 
-def _durable_mark(disk: Disk, folder: Path) -> Place:
+def _witnesses(disk: Disk, folder: Path) -> list[Place]:
+    """Return up to where the marks say that there was something.
+
+    What was visible was handed to the system, which has it as long as it runs: after a kill that witnesses the last
+    batches also where they were not synced.
+    """
     with contextlib.closing(Marks(disk, folder)) as marks:
-        return marks.durable
+        return [place for place in (marks.durable, marks.visible) if place.offset != _END_OF_FILE]
 
 
 def _ends_by_successor(disk: Disk, folder: Path, ordinals: list[int]) -> dict[int, int]:
@@ -95,14 +100,13 @@ def _ends_by_successor(disk: Disk, folder: Path, ordinals: list[int]) -> dict[in
 
 
 def _recover_journal(
-    disk: Disk, root: Path, journal: Journal, catalogue: Catalogue, store_id: int, end: int | None, durable: Place
+    disk: Disk, root: Path, journal: Journal, catalogue: Catalogue, store_id: int, end: int | None, marks: list[Place]
 ) -> JournalScan:
     """Read one journal file, keep aside what is torn or damaged, and say what was lost."""
     path = journal_path(journal.folder, journal.ordinal)
     data = read_from_device(disk, path)
-    witness = end or 0
-    if durable.ordinal == journal.ordinal:
-        witness = max(witness, durable.offset)
+    # Where the next file says that this one ends, nobody knows better.
+    witness = end or max((place.offset for place in marks if place.ordinal == journal.ordinal), default=0)
     try:
         scan = scan_journal(data, path, witness, end)
         if scan.header.store_id != store_id:

@@ -115,11 +115,12 @@ class DeadLane:
         self.lane.marks.begin(self.lane.incarnation)
         store.close(empty=True)
 
-    def write(self, stream: str, payload: bytes, prev: int = 0) -> int:
-        """Write one event, which the disk has on return."""
+    def write(self, stream: str, payload: bytes, prev: int = 0, *, sync: bool = True) -> int:
+        """Write one event, which the disk has on return, or the operating system."""
         event = Event(self.lane.ids.next(0), prev, 1, stream, 0, payload)
         self.lane.write([encode_frame(event, frame_seed(self.store_id))], event.id)
-        self.lane.sync()
+        if sync:
+            self.lane.sync()
         self.lane.show()
         return event.id
 

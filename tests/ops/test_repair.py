@@ -315,3 +315,28 @@ def test_the_command_says_what_it_did_and_what_is_lost(store: Path) -> None:
     assert (result.exit_code, "all is well" in result.output) == (0, True)
     result = CliRunner().invoke(main, ["verify", str(store)])
     assert (result.exit_code, "on record as lost" in result.output) == (0, True)
+
+
+async def test_a_store_that_lost_its_registry_before_its_first_segment_keeps_its_events(tmp_path: Path) -> None:
+    store = tmp_path / "events.db"
+    async with deadline(), Log(store) as log:
+        await log.sessions.open("session", b"")
+    lane = DeadLane(store)
+    lane.write("new", b"payload")
+    lane.die()
+    assert segments(store) == []
+    (log_of(store) / "registry.log").unlink()
+    async with deadline(), Log(store) as log:
+        assert await payloads(log, "new") == [b"payload"]
+
+
+def test_damage_to_what_a_killed_process_had_shown_and_not_synced_is_no_torn_write(store: Path) -> None:
+    lane = DeadLane(store)
+    lane.write("new", b"first one")
+    # As in `interval` mode: handed to the system, shown, not synced.
+    lane.write("new", b"second one", sync=False)
+    journal = lane.die()
+    change(journal, journal.read_bytes().index(b"second one"), b"S")
+    assert {each.kind for each in verify(store).findings} == {"damage"}
+    done = repair(store)
+    assert [(each.file, each.events) for each in done.lost] == [(str(journal), 1)]
