@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import click
@@ -39,5 +40,5 @@ def command(db: Path, stream: str | None, after: int | None, *, as_json: bool) -
 
     with contextlib.suppress(KeyboardInterrupt), FollowedStore(db) as view:
         lines = EventLines(as_json=as_json, with_stream=stream is None)
-        for event in follow(view, stream, after, on_gap=say_gap):
+        for event in follow(view, stream, after, on_gap=say_gap, wait=time.sleep):
             lines.say(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,8 @@ from typing import Final
 
 from logstore.errors import GapError
 from logstore.ops.access import StoreView
+from logstore.ops.index_errors import index_errors
+from logstore.storage.catalogue import Catalogue
 from logstore.storage.ids import IdGenerator
 from logstore.storage.record import Event
 
@@ -23,7 +26,27 @@ _RUNS: Final = 1_000
 
 
 class FollowedStore(StoreView):
-    """A store to follow."""
+    """A store to follow, for as long as one likes."""
+
+    _stamp: tuple[int, int] | None = None
+
+    def indexed(self) -> Catalogue:
+        """Return the index as it is now.
+
+        Raises:
+            DamageError: It cannot be read.
+        """
+        catalogue = super().indexed()
+        # Opened when nobody had it open, SQLite believes that it never changes; since then somebody may have opened the
+        # store, and closed it again.
+        with contextlib.suppress(FileNotFoundError):
+            status = self.path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            at_rest = not self.path.with_name(f"{self.path.name}-wal").exists()
+            if at_rest and self._stamp not in (None, stamp):
+                catalogue.look()
+            self._stamp = stamp
+        return catalogue
 
     def news(self) -> tuple[set[str], bool]:
         """Return the streams that grew since the last call, and whether others may have grown too."""
@@ -36,7 +59,7 @@ def follow(
     after: int | None = None,
     *,
     on_gap: Callable[[GapError], None],
-    wait: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], None],
 ) -> Iterator[Event]:
     """Yield events as they come, each once, without end.
 
@@ -48,20 +71,21 @@ def follow(
         stream: Name of the stream, None for all.
         after: Id of the last event to leave out, 0 to begin with the oldest; None for those that come from now on.
         on_gap: Called where events are gone; what follows them is yielded.
-        wait: Waits for so many seconds between two looks.
+        wait: Called between two looks, to wait for so many seconds.
 
     Raises:
         DamageError: The catalogue cannot be read.
     """
     follower = _Follower(view, stream, on_gap)
-    follower.begin(after)
-    moves, looked_s = -1, 0.0
-    while True:
-        moved = view.moves()
-        if moved != moves or time.monotonic() - looked_s > _LOOK_CLOSER_S:
-            moves, looked_s = moved, time.monotonic()
-            yield from follower.look()
-        wait(_LOOK_S)
+    with index_errors(view.path):
+        follower.begin(after)
+        moves, looked_s = -1, 0.0
+        while True:
+            moved = view.moves()
+            if moved != moves or time.monotonic() - looked_s > _LOOK_CLOSER_S:
+                moves, looked_s = moved, time.monotonic()
+                yield from follower.look()
+            wait(_LOOK_S)
 
 
 class _Follower:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sqlite3
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from logstore.errors import DamageError, GapError
+from logstore.errors import GapError
 from logstore.ops.access import StoreView
 from logstore.ops.event_json import iso_time
+from logstore.ops.index_errors import index_errors
 from logstore.storage.catalogue import Catalogue, StreamSummary
 
 
@@ -81,7 +82,8 @@ def stream_figures(view: StoreView) -> list[StreamFigures]:
     Raises:
         DamageError: The catalogue cannot be read.
     """
-    summaries = view.summaries()
+    with index_errors(view.path):
+        summaries = view.summaries()
     summaries.sort(key=lambda summary: int(summary.last_id))
     return list(map(_stream, summaries))
 
@@ -137,43 +139,44 @@ def indexed_figures(view: StoreView, *, per_stream: bool) -> dict[str, Any]:
     """
     view.indexed()
     tables = _Tables(view.path)
-    try:
+    with index_errors(view.path), contextlib.closing(tables):
         tables.look()
-        totals = _totals(view, tables)
         return {
-            **totals,
+            **_totals(view, tables),
             "segments": _segments(tables),
             "sessions": Sessions(**_row(tables, "open", "ended", sql=_SESSIONS)),
-            "damage": [
-                Damage(
-                    file=row[0],
-                    offset=row[1],
-                    length=row[2],
-                    lost_events=row[3],
-                    reason=row[4],
-                    kept_in=row[5],
-                    found=_iso_of(row[6]),
-                )
-                for row in tables.rows("SELECT * FROM damage ORDER BY found_at DESC, file, offset")
-            ],
-            "maintenance": [
-                Maintenance(
-                    task=task,
-                    pid=pid,
-                    started=_iso_of(started),
-                    finished=_iso_of(finished),
-                    summary=json.loads(summary or "null"),
-                )
-                for task, pid, started, finished, summary in tables.rows("SELECT * FROM maintenance ORDER BY task")
-            ],
+            "damage": _damage(tables),
+            "maintenance": _maintenance(tables),
             "streams": stream_figures(view) if per_stream else None,
         }
-    except sqlite3.Error as error:
-        raise DamageError(
-            view.path, 0, 0, f"SQLite says: {error}; `logstore reindex {view.path}` makes the catalogue again"
-        ) from error
-    finally:
-        tables.close()
+
+
+def _damage(tables: _Tables) -> list[Damage]:
+    return [
+        Damage(
+            file=row[0],
+            offset=row[1],
+            length=row[2],
+            lost_events=row[3],
+            reason=row[4],
+            kept_in=row[5],
+            found=_iso_of(row[6]),
+        )
+        for row in tables.rows("SELECT * FROM damage ORDER BY found_at DESC, file, offset")
+    ]
+
+
+def _maintenance(tables: _Tables) -> list[Maintenance]:
+    return [
+        Maintenance(
+            task=task,
+            pid=pid,
+            started=_iso_of(started),
+            finished=_iso_of(finished),
+            summary=json.loads(summary or "null"),
+        )
+        for task, pid, started, finished, summary in tables.rows("SELECT * FROM maintenance ORDER BY task")
+    ]
 
 
 _SESSIONS: Final = "SELECT coalesce(sum(ended_at IS NULL), 0), coalesce(sum(ended_at IS NOT NULL), 0) FROM sessions"
