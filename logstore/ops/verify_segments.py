@@ -266,7 +266,7 @@ class _Look:
 
     def _is_in_gap(self, run: Extent) -> bool:
         """Whether a run is not what the file holds because the file is damaged there."""
-        if not all(isinstance(value, int) for value in (run.offset, run.length)):
+        if _number(run.offset) is None or _number(run.length) is None:
             return False
         missing = [(len(self._data), self._known_bytes - len(self._data)), *self._gaps]
         return any(start < run.offset + run.length and run.offset < start + size for start, size in missing if size > 0)
