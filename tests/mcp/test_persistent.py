@@ -169,3 +169,25 @@ if child:
 def test_a_forked_child_does_not_remove_the_folder(temporary: Path) -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=30)
     assert entries(temporary) == []
+
+
+async def test_the_database_info_tells_how_long_operations_take(tmp_path: Path) -> None:
+    async with PersistentEventStore(tmp_path / "e.db") as store:
+        await store.store_event("s", note(1))
+        since_open = store.get_database_info()["since_open"]
+    append = since_open["latencies"]["append"]
+    assert append["count"] == 1
+    assert 0 < append["p50_us"] <= append["p99_us"] <= append["max_us"]
+    assert since_open["open_lanes"] == 1
+
+
+async def test_a_store_that_cannot_be_opened_has_failed_and_a_closed_one_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "e.db").mkdir()
+    store = PersistentEventStore(tmp_path / "e.db")
+    with pytest.raises(NotAStoreError):
+        await store.store_event("s", note(1))
+    health = store.health()
+    assert health.status == "failed"
+    assert "is a folder" in str(health.reason)
+    await store.close()
+    assert store.health().status == "closed"
