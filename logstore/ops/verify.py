@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from logstore.errors import FormatVersionError
+from logstore.errors import FormatVersionError, WriteFailedError
 from logstore.ops.access import StoreView
 from logstore.ops.pool import default_backups
 from logstore.ops.progress import Progress, silent
@@ -63,6 +63,7 @@ def verify(
     Raises:
         NotAStoreError: There is no store at the path.
         StoreLockedError: A restore is under way.
+        WriteFailedError: There is no room for notes, which are many when journals hold much.
     """
     report = Report(path=str(path), quick=quick)
     try:
@@ -70,6 +71,9 @@ def verify(
             verification.run()
     except FormatVersionError as error:
         report.findings.append(found("version", path, str(error)))
+    except sqlite3.OperationalError as error:
+        # The index's own errors are findings.
+        raise WriteFailedError(f"no room for the notes of a verification ({error}); point TMPDIR elsewhere") from error
     folder = backups or default_backups(path)
     if backups is not None or folder.is_dir():
         checked = check_backups(folder, disk or Disk(), quick=quick, progress=progress)

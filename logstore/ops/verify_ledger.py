@@ -19,6 +19,8 @@ from logstore.storage.record import FRAME_HEADER
 from logstore.storage.segment import segment_path
 
 _PART: Final = 10_000
+_CACHE_KIB: Final = 64 << 10
+"""Notes that stay in memory: those of a full lane, so that a full disk is no hindrance."""
 
 
 class JournalEvent(NamedTuple):
@@ -39,7 +41,8 @@ class Ledger:
         # An empty name is a database of its own in a temporary file.
         self._notes = sqlite3.connect("", isolation_level=None)
         self._notes.executescript(
-            """
+            f"""
+            PRAGMA cache_size = {-_CACHE_KIB};
             CREATE TABLE journal (event_id INTEGER PRIMARY KEY, prev, stream, checksum, file, offset);
             CREATE TABLE links (prev, event_id, stream, file, offset);
             CREATE TABLE unknown (event_id, stream, checksum, file, offset);

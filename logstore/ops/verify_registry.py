@@ -52,6 +52,8 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogu
         data = read_whole(disk, path)
     except FileNotFoundError:
         return RegistryCheck(0, [found("registry", path, "the registry is gone: its sessions are lost")])
+    except OSError as error:
+        return RegistryCheck(0, [found("registry", path, f"the disk does not give the file: {error}")])
     try:
         header = decode_header(data, path, KIND_REGISTRY)
     except FormatVersionError as error:

@@ -26,6 +26,7 @@ from logstore.storage.options import Retention
 from logstore.storage.record import encode_frame, frame_at
 from tests.engine import deadline, small
 from tests.ops.damaged import GROWN, TINY, DeadLane, ask, change, copied, execute, log_of, make, segments, snapshot
+from tests.storage.disks import Fault, FaultyDisk
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +355,11 @@ def test_the_command_says_what_and_what_to_do(store: Path) -> None:
 def test_streams_of_damaged_names_are_shown_all_the_same(store: Path) -> None:
     execute(store, "update streams set name = cast(x'ff41' as text) where name = ?", TINY[0])
     assert "index" in kinds(store)
+
+
+@pytest.mark.parametrize("name", [".segment", "registry.log"])
+def test_a_file_that_the_disk_does_not_give_is_told(store: Path, name: str) -> None:
+    disk = FaultyDisk()
+    disk.fail(Fault("read", at=2, name=name, from_then_on=True))
+    (kind,) = {finding.kind for finding in verify(store, disk=disk).findings}
+    assert kind == ("registry" if name == "registry.log" else "damage")
