@@ -141,7 +141,7 @@ class StoreView:
                 continue
             with contextlib.ExitStack() as undo:
                 undo.callback(self.disk.close, fd)
-                with contextlib.suppress(DamageError):
+                with contextlib.suppress(DamageError, OSError):
                     return decode_header(self.disk.read(fd, HEADER_BYTES, 0), path, kind).store_id
         return None
 

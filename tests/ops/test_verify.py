@@ -360,6 +360,6 @@ def test_streams_of_damaged_names_are_shown_all_the_same(store: Path) -> None:
 @pytest.mark.parametrize("name", [".segment", "registry.log"])
 def test_a_file_that_the_disk_does_not_give_is_told(store: Path, name: str) -> None:
     disk = FaultyDisk()
-    disk.fail(Fault("read", at=2, name=name, from_then_on=True))
+    disk.fail(Fault("read", name=name, from_then_on=True))
     (kind,) = {finding.kind for finding in verify(store, disk=disk).findings}
     assert kind == ("registry" if name == "registry.log" else "damage")
