@@ -371,6 +371,21 @@ def test_a_wrong_path_is_one_clear_line(tmp_path: Path, command: str) -> None:
     assert sorted(tmp_path.iterdir()) == [foreign]
 
 
+@pytest.mark.parametrize("command", LOOKS)
+def test_a_damaged_page_of_the_catalogue_is_one_line_that_says_what_to_do(store: Path, command: str) -> None:
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        (page_bytes,) = database.execute("PRAGMA page_size").fetchone()
+        (root,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'extents'").fetchone()
+    with store.open("r+b") as file:
+        file.seek((root - 1) * page_bytes)
+        file.write(b"\xff" * page_bytes)
+    result = logstore(command, store, *(("long",) if command == "events" else ()))
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if "SQLite says" in line]
+    assert "malformed" in line
+    assert command == "events" or f"logstore reindex {store}" in line
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_store_is_no_traceback(store: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
