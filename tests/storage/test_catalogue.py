@@ -110,7 +110,7 @@ def test_the_tables_are_named_plainly_and_joined_by_foreign_keys(catalogue: Cata
             "maintenance",
             "imports",
         }
-        assert set(database.view_names()) == {"stream_summary", "segment_health"}
+        assert set(database.view_names()) == {"store_summary", "stream_summary", "segment_health", "session_summary"}
         assert database.table("events").columns_dict == dict.fromkeys(
             ("event_id", "stream_id", "segment_id", "offset", "length"), int
         )
