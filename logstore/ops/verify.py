@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from logstore.errors import FormatVersionError, WriteFailedError
+from logstore.errors import DamageError, FormatVersionError, WriteFailedError
 from logstore.ops.access import StoreView
 from logstore.ops.pool import default_backups
 from logstore.ops.progress import Progress, silent
@@ -39,6 +40,7 @@ from logstore.storage.lane import lane_folders
 from logstore.storage.segment import segment_numbers, segment_path
 
 _MOST_GAPS: Final = 1_000
+_BEING_MADE_S: Final = 0.2
 
 _T = TypeVar("_T")
 
@@ -133,7 +135,12 @@ class _Verification:
         if self._index is None:
             return None
         try:
-            return self._index.ask(question)
+            try:
+                return self._index.ask(question)
+            except sqlite3.OperationalError:
+                # Its tables may be being made at this moment.
+                time.sleep(_BEING_MADE_S)
+                return self._index.ask(question)
         except (sqlite3.Error, OSError) as error:
             self._index.close()
             self._index = None
@@ -160,18 +167,16 @@ class _Verification:
     def _check_lengths(self) -> None:
         """Check headers and lengths of all segments."""
         known = self._ask(live_segments) or {}
-        numbers = {*known, *segment_numbers(self._disk, self._root)}
-        for number in sorted(numbers):
-            problem = self._header_problem(number, known)
-            if problem and self._header_problem(number, known := self._ask(live_segments) or {}):
-                self._report.findings.append(found("damage", segment_path(self._root, number), problem))
-        self._count(len(numbers), len(numbers) * HEADER_BYTES)
+        for number, (size, sealed) in sorted(known.items()):
+            if self._header_problem(number, size, sealed):
+                now = (self._ask(live_segments) or {}).get(number)
+                problem = self._header_problem(number, *now) if now else None
+                if problem:
+                    self._report.findings.append(found("damage", segment_path(self._root, number), problem))
+        self._count(len(known), len(known) * HEADER_BYTES)
 
-    def _header_problem(self, number: int, known: dict[int, tuple[int, int]]) -> str | None:
+    def _header_problem(self, number: int, size: int, sealed: int) -> str | None:
         path = segment_path(self._root, number)
-        if number not in known:
-            return None
-        size, sealed = known[number]
         try:
             fd = self._disk.open(path)
         except FileNotFoundError:
@@ -179,13 +184,13 @@ class _Verification:
         try:
             found_size = self._disk.size(fd)
             header = decode_header(self._disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT)
-        except Exception as error:
+        except (DamageError, FormatVersionError, OSError) as error:
             return str(error)
         finally:
             self._disk.close(fd)
         if header.number != number or header.store_id != self._view.store_id:
             return f"the file is segment {header.number} of store {header.store_id} by its header"
-        if found_size < size or (sealed == 1 and found_size != size):
+        if type(size) is not int or found_size < size or (sealed == 1 and found_size != size):
             return f"the file has {found_size} bytes, the index knows {size}"
         return None
 

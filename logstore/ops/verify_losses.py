@@ -117,9 +117,9 @@ class Known:
                         kind="damage",
                         file=str(root / str(file)),
                         reason=f"{reason}; found at {found_at}",
-                        offset=offset,
-                        length=length,
-                        events=lost or 0,
+                        offset=_number(offset),
+                        length=_number(length),
+                        events=_number(lost) or 0,
                     )
                 )
 
@@ -139,3 +139,8 @@ class Known:
         if any(first <= event_id <= last for first, last in self._runs.get(stream, ())):
             return True
         return time_ms_of(event_id) <= self._lanes.get(lane_of(event_id), 0)
+
+
+def _number(value: Any) -> int | None:
+    """Return what a damaged column may hold, if it is a number."""
+    return value if isinstance(value, int) else None

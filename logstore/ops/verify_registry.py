@@ -68,7 +68,7 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogu
             findings.append(found("registry", path, "bytes that are no whole entry", end, offset - end))
         end = after
         sessions.apply(entry)
-    lost = [each.key for each in copied if sessions.lacks(each)]
+    lost = [str(each.key) for each in copied if sessions.lacks(each)]
     if lost and not findings:
         reason = f"{len(lost)} sessions that were here are not: {', '.join(lost[:5])}"
         findings.append(found("registry", path, reason, end, len(data) - end))
@@ -76,7 +76,7 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogu
         # Only a power cut tears one; nothing tells it from damage, and the next entry is written over it.
         reason = "the last entry is not whole: torn by a power cut, or damaged"
         findings.append(found("registry", path, reason, end, len(data) - end))
-    altered = [each.key for each in copied if sessions.denies(each)]
+    altered = [str(each.key) for each in copied if sessions.denies(each)]
     if altered:
         reason = f"{len(altered)} sessions are others than in the registry: {', '.join(altered[:5])}"
         findings.append(found("index", catalogue, reason))

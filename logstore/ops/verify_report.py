@@ -80,7 +80,8 @@ def found(
     events: Iterable[tuple[int, str]] = (),
 ) -> Finding:
     """Return a finding; `events` are the ids and streams of the events that it concerns."""
-    concerned = sorted(events)
+    # A damaged index may have anything for a name.
+    concerned = sorted((event_id, str(stream)) for event_id, stream in events)
     return Finding(
         kind=kind,
         file=str(file),

@@ -363,3 +363,29 @@ def test_a_file_that_the_disk_does_not_give_is_told(store: Path, name: str) -> N
     disk.fail(Fault("read", name=name, from_then_on=True))
     (kind,) = {finding.kind for finding in verify(store, disk=disk).findings}
     assert kind == ("registry" if name == "registry.log" else "damage")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "update segments set {} = {}",
+        "update events set {} = {}",
+        "update extents set {} = {} where first_id = (select min(first_id) from extents)",
+        "update streams set {} = {} where stream_id = 2",
+        "update sessions set {} = {} where session_hash = 'one session'",
+        "insert into damage (file, {}) values ('x', {})",
+    ],
+)
+@pytest.mark.parametrize("value", ["null", "x'00ff'"])
+def test_whatever_a_damaged_column_holds_there_is_a_report(store: Path, sql: str, value: str) -> None:
+    table = sql.split()[2 if sql.startswith("insert") else 1]
+    for row in ask(store, f"pragma table_info({table})"):
+        path = copied(store, store.parent.with_name(f"{row[1]} {value}".replace("'", "")))
+        try:
+            execute(path, sql.format(row[1], value))
+        except sqlite3.Error:
+            # The column does not take it.
+            continue
+        for options in ([], ["--quick", "--json"]):
+            result = CliRunner().invoke(main, ["verify", str(path), *options])
+            assert isinstance(result.exception, SystemExit | None), (row[1], value)
