@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from logstore.cli.output import StorePath, json_option, say_json, say_table
+from logstore.cli.output import StorePath, json_option, say_json, say_table, size
 
 
 @click.command("maintain", epilog="\b\nExample:\n  logstore maintain InternalStorage/events.db")
@@ -29,14 +30,36 @@ def command(ctx: click.Context, db: Path, *, as_json: bool) -> None:
     if as_json:
         say_json(results)
     else:
-        say_table([(task, _in_words(result)) for task, result in results.items()], ("task", "result"))
+        say_table([(task, _in_words(task, result)) for task, result in results.items()], ("task", "result"))
+        for error in results["validation"]["errors"]:
+            click.echo(error)
     failed = any("error" in result for result in results.values()) or not results["validation"]["valid"]
     ctx.exit(1 if failed else 0)
 
 
-def _in_words(result: dict[str, Any]) -> str:
+def _in_words(task: str, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"failed: {result['error']}"
     if "skipped" in result:
         return f"not now: {result['skipped']}"
-    return ", ".join(f"{name} {value}" for name, value in result.items() if value and not isinstance(value, list))
+    return _WORDS[task](result)
+
+
+def _retention(result: dict[str, Any]) -> str:
+    dropped = sum(each["events"] for each in result["dropped"])
+    done = [(dropped, "events dropped"), (result["moved_events"], "events moved")]
+    done.append((result["removed_segments"], "segments removed"))
+    return ", ".join(f"{count:,} {what}" for count, what in done if count) or "nothing to do"
+
+
+def _validation(result: dict[str, Any]) -> str:
+    read = f"{result['events']:,} events and {size(result['bytes'])} read"
+    return f"all is well, {read}" if result["valid"] else f"{len(result['errors']):,} findings, {read}"
+
+
+_WORDS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
+    "retention": _retention,
+    "backup": lambda result: str(result["path"]),
+    "rotation": lambda result: f"{result['deleted']:,} backups removed",
+    "validation": _validation,
+}

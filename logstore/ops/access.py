@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from logstore.config import DEFAULT_DB_PATH
 from logstore.errors import DamageError, GapError, NotAStoreError, StoreLockedError
 from logstore.storage.catalogue import Catalogue, StreamSummary, inspect_file
 from logstore.storage.files import Disk, Lock, lock_holders
@@ -39,9 +40,8 @@ def find_store(path: Path) -> Path:
         return root
     found = inspect_file(path, look_only=True)
     if found == "absent" and not (root / "registry.log").exists() and not (root / "segments").is_dir():
-        raise NotAStoreError(
-            f"there is no store at {path}: give the path of its catalogue, such as {path / 'events.db'}"
-        )
+        example = path / "events.db" if path.is_dir() else DEFAULT_DB_PATH
+        raise NotAStoreError(f"there is no store at {path}: give the path of its catalogue, such as {example}")
     return root
 
 
