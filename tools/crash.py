@@ -13,14 +13,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
 try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_resume import ResumeCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
 
@@ -48,13 +50,17 @@ class _Kind(NamedTuple):
         promise: What is said when it was kept.
         summary: One line of help.
         description: More of it.
+        runs: How many, when nothing is said.
+        sizes: What else can be chosen, each with its default; keyword arguments of `campaign`.
     """
 
-    campaign: Callable[[Path, int], _Campaign]
+    campaign: Callable[..., _Campaign]
     counted: str
     promise: str
     summary: str
     description: str
+    runs: int = 200
+    sizes: Mapping[str, int] = MappingProxyType({})
 
 
 _KINDS: Final = {
@@ -79,14 +85,24 @@ _KINDS: Final = {
         "one random place of one file damaged, and everything asked of the store",
         "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
     ),
+    "resume": _Kind(
+        ResumeCampaign,
+        "calls",
+        "every call ended with its exact result, or the error of a worker that had died, or was cut off before its "
+        "first id; every report came once, in order; every session lived on",
+        "many clients over many workers; connections cut, workers killed",
+        "Cut connections every few hundred milliseconds and kill a worker every few seconds, while clients call.",
+        runs=1,
+        sizes={"calls": 1000, "clients": 50, "workers": 4},
+    ),
 }
 
 
-def run(name: str, runs: int, seed: int, folder: Path) -> int:
+def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int]) -> int:
     """Run a campaign, progress on stderr and the report on stdout; return 1 when a promise was broken."""
     kind = _KINDS[name]
     started = time.monotonic()
-    campaign = kind.campaign(folder, seed)
+    campaign = kind.campaign(folder, seed, **sizes)
     done, failure = 0, ""
     try:
         for number in range(runs):
@@ -104,7 +120,9 @@ def run(name: str, runs: int, seed: int, folder: Path) -> int:
         _say(kind.promise)
         return 0
     _say(f"FAILED in run {done}: {failure}")
-    _say(f"the store is kept in {folder}; to repeat:  python tools/crash.py {name} --runs {done + 1} --seed {seed}")
+    chosen = "".join(f" --{size} {figure}" for size, figure in sizes.items())
+    again = f"python tools/crash.py {name} --runs {done + 1} --seed {seed}{chosen}"
+    _say(f"the store is kept in {folder}; to repeat:  {again}")
     return 1
 
 
@@ -127,13 +145,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
     campaigns = parser.add_subparsers(dest="campaign", required=True, metavar="CAMPAIGN")
     for name, kind in _KINDS.items():
         campaign = campaigns.add_parser(name, help=kind.summary, description=kind.description)
-        campaign.add_argument("--runs", type=int, default=200, help="how many times (default: %(default)s)")
+        campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
+        for size, figure in kind.sizes.items():
+            campaign.add_argument(f"--{size}", type=int, default=figure, help="how many (default: %(default)s)")
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed
     folder = parsed.folder or Path(tempfile.mkdtemp(prefix="logstore-crash-"))
-    status = run(parsed.campaign, parsed.runs, seed, folder)
+    sizes = {size: getattr(parsed, size) for size in _KINDS[parsed.campaign].sizes}
+    status = run(parsed.campaign, parsed.runs, seed, folder, sizes)
     if status == 0 and parsed.folder is None:
         shutil.rmtree(folder)
     return status

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tests.mcp.rig_worker import ORDERS_VARIABLE, Orders, Reap, ServerKind, bound_socket
+from tests.mcp.rig_orders import ORDERS_VARIABLE, Orders, Reap, ServerKind, bound_socket
 
 DEADLINE_S: Final = 30.0
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -320,6 +320,10 @@ class Workers:
     def others(self, worker: Worker) -> list[Worker]:
         """Return all but one."""
         return [other for other in self._workers if other is not worker]
+
+    def stopped(self) -> list[Worker]:
+        """Return those that do not run."""
+        return [worker for worker in self._workers if not worker.pid]
 
     def complaints(self) -> list[str]:
         """Return the lines in which workers speak of errors."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 from typing import Any, Protocol
@@ -16,8 +15,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import AnyHttpUrl, BaseModel
 
-USERS = ("alice", "bob")
-"""Who may come to a server with authentication; the bearer token of each is the name."""
+from tests.mcp.rig_orders import USERS, text_of_size
 
 
 class Link:
@@ -71,12 +69,6 @@ class Answer(BaseModel):
     """What a user says when asked."""
 
     word: str
-
-
-def text_of_size(label: str, size: int) -> str:
-    """Return a text of so many characters that no other label gives."""
-    block = hashlib.sha256(label.encode()).hexdigest()
-    return (block * (size // len(block) + 1))[:size]
 
 
 class Tools:

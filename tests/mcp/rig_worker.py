@@ -8,59 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import traceback
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal
+from typing import Any
 
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
 
 from logstore.mcp import PersistentEventStore, resumable_http_app
-from logstore.storage import Durability
+from tests.mcp.rig_orders import ORDERS_VARIABLE, Orders, Reap, bound_socket
 from tests.mcp.rig_tools import Link, fastmcp_server, mcp_server
-
-ServerKind = Literal["mcpserver", "lowlevel", "fastmcp"]
-
-ORDERS_VARIABLE: Final = "LOGSTORE_RIG_ORDERS"
-"""Where `application` finds its orders, in JSON."""
-
-
-class Orders(msgspec.Struct, frozen=True, tag=True):
-    """What a worker is told.
-
-    Attributes:
-        path: The catalogue of the store.
-        port: Where to listen.
-        control: Port of the test's conductor.
-        log: File that gets what the worker says on stderr.
-        server: Which framework.
-        auth: Whether clients need a bearer token.
-        durability: As in `PersistentEventStore`.
-        stop_s: How long a graceful stop may take before uvicorn cuts what is open.
-        bare: Whether the SDK gets the store itself, without the resume layer.
-        options: For `resumable_http_app`.
-    """
-
-    path: str
-    port: int
-    control: int
-    log: str
-    server: ServerKind = "mcpserver"
-    auth: bool = False
-    durability: Durability = "always"
-    stop_s: int = 30
-    bare: bool = False
-    options: dict[str, Any] = {}
-
-
-class Reap(msgspec.Struct, frozen=True, tag=True):
-    """Tells the nursery to wait for the end of a worker; the answer is its exit status, negative for a signal."""
-
-    pid: int
 
 
 def app_for(orders: Orders) -> Starlette:
@@ -98,18 +58,6 @@ def app_for(orders: Orders) -> Starlette:
 def application() -> Starlette:
     """Return the app of one of uvicorn's workers."""
     return app_for(msgspec.json.decode(os.environ[ORDERS_VARIABLE], type=Orders))
-
-
-def bound_socket(port: int) -> socket.socket:
-    """Return a socket bound to a port of this machine, 0 for a free one, that others may be bound to as well.
-
-    The test holds such a socket without listening on it: nobody else gets the port while a worker is being restarted.
-    """
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind(("127.0.0.1", port))
-    return bound
 
 
 def serve(orders: Orders) -> None:

@@ -14,7 +14,7 @@ from tests.mcp.rig import DEADLINE_S, Uvicorn, Workers
 from tests.mcp.rig_balancer import Balancer, Framing
 from tests.mcp.rig_client import Account, BrokenRuleError, Call, StubbornClient, check_counted
 from tests.mcp.rig_http import BrokenConnectionError, Exchange
-from tests.mcp.rig_tools import text_of_size
+from tests.mcp.rig_orders import text_of_size
 from tests.mcp.strict_client import Sse
 
 
