@@ -448,6 +448,12 @@ print(sorted({{"mcp", "mcp_types", "pydantic", "starlette", "sqlite_utils.cli"}}
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback(store: Path) -> None:
+    async def fill() -> None:
+        async with Log(store) as log:
+            # More than a pipe holds, so that the reader is gone while there is something to write.
+            await log.append_many([("long", b'{"text": "%s"}' % (b"x" * 1000), 0)] * 1000)
+
+    asyncio.run(fill())
     command = f"{sys.executable} -m logstore follow {store} --after 0 --json"
     done = subprocess.run(
         ["sh", "-c", f"{command} | head -n 1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
