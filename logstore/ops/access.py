@@ -15,6 +15,7 @@ from typing import Self
 
 from logstore.config import DEFAULT_DB_PATH
 from logstore.errors import DamageError, GapError, NotAStoreError, StoreLockedError
+from logstore.ops.index_errors import index_errors
 from logstore.storage.catalogue import Catalogue, StreamSummary, inspect_file
 from logstore.storage.files import Disk, Lock, lock_holders
 from logstore.storage.foreign import Foreign
@@ -208,7 +209,8 @@ class StoreView:
         """
         fresh = self.streams_in_journals()
         # Asked after the journals: what is checkpointed in between is in both, and told apart by its id.
-        totals = {summary.stream: summary for summary in self.indexed().summaries()}
+        with index_errors(self.path):
+            totals = {summary.stream: summary for summary in self.indexed().summaries()}
         for stream, ids in fresh.items():
             known = totals.get(stream)
             after = int(known.last_id) if known else 0

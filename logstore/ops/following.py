@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,6 @@ from typing import Final
 from logstore.errors import GapError
 from logstore.ops.access import StoreView
 from logstore.ops.index_errors import index_errors
-from logstore.storage.catalogue import Catalogue
 from logstore.storage.ids import IdGenerator
 from logstore.storage.record import Event
 
@@ -27,26 +25,6 @@ _RUNS: Final = 1_000
 
 class FollowedStore(StoreView):
     """A store to follow, for as long as one likes."""
-
-    _stamp: tuple[int, int] | None = None
-
-    def indexed(self) -> Catalogue:
-        """Return the index as it is now.
-
-        Raises:
-            DamageError: It cannot be read.
-        """
-        catalogue = super().indexed()
-        # Opened when nobody had it open, SQLite believes that it never changes; since then somebody may have opened the
-        # store, and closed it again.
-        with contextlib.suppress(FileNotFoundError):
-            status = self.path.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            at_rest = not self.path.with_name(f"{self.path.name}-wal").exists()
-            if at_rest and self._stamp not in (None, stamp):
-                catalogue.look()
-            self._stamp = stamp
-        return catalogue
 
     def news(self) -> tuple[set[str], bool]:
         """Return the streams that grew since the last call, and whether others may have grown too."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from typing import Final
 
 from logstore.config import EventStoreConfig
 from logstore.errors import LogstoreError
 from logstore.ops.maintenance import Tasks, run_round
+from logstore.ops.scrub import Scrub
 from logstore.storage import Log
 from logstore.storage.opening import OpenStore
 
@@ -21,6 +23,8 @@ logger = logging.getLogger("logstore")
 
 _IDLE_SEGMENT_S: Final = 60.0
 """A stream that was silent as long gives up its open segment, so that compaction may have it."""
+_SCRUB_BYTES_S: Final = 1 << 20
+"""Rate at which segments are read through for damage, in bytes a second: a terabyte in twelve days."""
 
 
 class Schedule:
@@ -71,6 +75,14 @@ class Schedule:
     def _round(self, store: OpenStore) -> None:
         try:
             store.seal_idle_segments(time.time_ns() // 1000 - int(_IDLE_SEGMENT_S * 1_000_000))
-        except LogstoreError as error:
-            logger.warning("idle segments stay open: %s", error)
+            self._scrub(store)
+        except (LogstoreError, OSError, sqlite3.Error) as error:
+            logger.warning("segments could not be sealed or read through, the next round tries again: %s", error)
         run_round(store, self._tasks)
+
+    def _scrub(self, store: OpenStore) -> None:
+        """Read on through the segments, unless another process is at it."""
+        lock = store.compaction_lock()
+        if lock is not None:
+            with lock, contextlib.closing(Scrub(store)) as scrub:
+                scrub.step(int(_SCRUB_BYTES_S * self._interval_s))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from typing import Final
 
 import msgspec
@@ -24,8 +25,7 @@ from logstore.storage.opening import OpenStore
 logger = logging.getLogger("logstore")
 
 _TASK: Final = "scrub"
-_MOST_SAVED_BYTES: Final = 256 << 20
-"""What may be saved up while there is nothing to read: more than any segment has."""
+_REST_S: Final = 86_400.0
 
 
 class ScrubState(msgspec.Struct):
@@ -36,12 +36,14 @@ class ScrubState(msgspec.Struct):
         bytes: Read in this round.
         rounds: Rounds that were finished.
         findings: What was found in this round.
+        finished_s: When the last round was finished, seconds since 1970.
     """
 
     after: int = 0
     bytes: int = 0
     rounds: int = 0
     findings: int = 0
+    finished_s: float = 0.0
 
 
 class Scrub:
@@ -54,7 +56,6 @@ class Scrub:
     def __init__(self, store: OpenStore) -> None:
         self._store = store
         self._index = Index(store.catalogue.path)
-        self._saved = 0
         self._state: ScrubState | None = None
         self._started = iso_now()
 
@@ -63,9 +64,9 @@ class Scrub:
         self._index.close()
 
     def step(self, budget_bytes: int) -> list[Finding]:
-        """Read on, as much as this budget and what earlier calls saved up allow.
+        """Read on, until the budget is spent; a segment is read whole. A step ends with the round.
 
-        A segment is read whole, once as many bytes are saved up as it has. A step ends with the round.
+        A round begins a day after the last one ended, or later.
 
         Args:
             budget_bytes: Bytes that may be read for this call: rate times the time since the last one.
@@ -78,19 +79,20 @@ class Scrub:
             IndexReplacedError: The index was made again meanwhile; the next step goes on.
             OSError: The disk refuses.
         """
-        self._saved = min(self._saved + budget_bytes, max(budget_bytes, _MOST_SAVED_BYTES))
         state = self._state = self._state or self._index.ask(_saved_state)
         found: list[Finding] = []
+        # Also when the clock stepped back.
+        if state.after == 0 and 0 <= time.time() - state.finished_s < _REST_S:
+            return []
         before = msgspec.structs.replace(state)
-        while not self._store.stopping.is_set():
+        read = 0
+        while read < budget_bytes and not self._store.stopping.is_set():
             following = self._index.ask(lambda connection: _next_segment(connection, state.after))
             if following is None:
                 found += self._finish_round(state)
                 break
             number, size = following
-            if size > self._saved:
-                break
-            self._saved -= size
+            read += size
             check = self._check(number)
             state.after = number
             if check is not None:
@@ -120,6 +122,7 @@ class Scrub:
             check = check_registry(self._store.disk, self._store.root, self._index.ask(copied_sessions), path)
         if state.after or check.findings:
             state.after, state.bytes, state.rounds, state.findings = 0, 0, state.rounds + 1, 0
+            state.finished_s = time.time()
             self._started = iso_now()
         return check.findings
 

@@ -203,8 +203,8 @@ class Catalogue:
         self._read_lock = threading.Lock()
         self._write_inode = 0
         self._read_inode = 0
-        # Whether the reader was opened on a database that nobody had open.
-        self._at_rest = False
+        # Of a database that nobody had open when the reader was opened: its length and time then.
+        self._at_rest: tuple[int, int] | None = None
         # Readers of a file that is gone from the path, closed after its writer: see `_close`.
         self._retired: list[sqlite3.Connection] = []
 
@@ -243,8 +243,8 @@ class Catalogue:
         # Asked before the file is opened: one that comes after it is seen by the next query.
         self._read_inode = self._inode()
         # SQLite makes `-wal` and `-shm` beside a database that it only reads, unless it is told that nobody writes it.
-        self._at_rest = self._writer is None and not _has_wal(self.path)
-        reader = connect(self.path, write=False, immutable=self._at_rest)
+        self._at_rest = self._stamp() if self._writer is None and not _has_wal(self.path) else None
+        reader = connect(self.path, write=False, immutable=self._at_rest is not None)
         if self._reader is not None:
             self._retired.append(self._reader)
         self._reader = reader
@@ -436,18 +436,29 @@ class Catalogue:
                 raise
 
     def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Any]:
-        assert self._reader is not None
-        try:
-            rows = self._reader.execute(sql, arguments).fetchall()
-        except sqlite3.DatabaseError:
-            if not (self._at_rest and _has_wal(self.path)):
-                raise
-            rows = []
-        if self._at_rest and _has_wal(self.path):
+        while True:
+            assert self._reader is not None
+            try:
+                rows = self._reader.execute(sql, arguments).fetchall()
+            except sqlite3.DatabaseError:
+                if not self._was_disturbed():
+                    raise
+            else:
+                if not self._was_disturbed():
+                    return rows
             # Somebody has opened it since, and may have written under our eyes: what was read does not count.
             self._reconnect()
-            rows = self._reader.execute(sql, arguments).fetchall()
-        return rows
+
+    def _was_disturbed(self) -> bool:
+        """Whether a database that was opened as one that nobody writes has been opened by somebody since."""
+        return self._at_rest is not None and (_has_wal(self.path) or self._stamp() != self._at_rest)
+
+    def _stamp(self) -> tuple[int, int]:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_size, status.st_mtime_ns
 
     def last_id(self) -> int:
         """Return the highest event id in the index, 0 when it is empty."""

@@ -230,9 +230,9 @@ class Reader:
         try:
             return question(*arguments)
         except sqlite3.Error as error:
-            raise DamageError(
-                self._catalogue.path, 0, 0, f"SQLite says: {error}; close the store, delete the file and open again"
-            ) from error
+            path = self._catalogue.path
+            reason = f"SQLite says: {error}. `logstore reindex {path}` makes the catalogue again"
+            raise DamageError(path, 0, 0, reason) from error
 
 
 def contiguous(stream: str, after: int, events: list[Event]) -> list[Event]:

@@ -438,3 +438,21 @@ def test_a_long_write_ahead_log_is_moved_into_the_database(catalogue: Catalogue,
         catalogue.add_events((number, 1, 1, 0, 1) for number in range(100, 400_000))
     catalogue.shrink_wal()
     assert path.stat().st_size > size
+
+
+def test_a_look_sees_what_was_written_by_somebody_who_came_and_went(path: Path) -> None:
+    def write(name: str) -> None:
+        writer = new_catalogue(path) if not path.exists() else Catalogue(path)
+        writer.open()
+        with writer.transaction():
+            writer.add_streams([name])
+        writer.close()
+
+    write("a")
+    look = Catalogue(path)
+    look.look()
+    assert look.totals()[0] == 1
+    write("b")
+    assert not path.with_name("events.db-wal").exists()
+    assert look.totals()[0] == 2
+    look.close()
