@@ -58,7 +58,14 @@ def sweep(store: OpenStore, inode: int, ragged: Collection[int], progress: Progr
     """
     with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
         _mark_empty(store, reader, inode, ragged)
-        dead = [_Dead(*row) for row in reader.execute("SELECT segment_id, bytes FROM segments WHERE dropped = 1")]
+        # Not on the word of one bit, which a damaged page may have turned.
+        rows = reader.execute(
+            """
+            SELECT segment_id, bytes FROM segments
+            WHERE dropped = 1 AND segment_id NOT IN (SELECT segment_id FROM extents)
+            """
+        )
+        dead = [_Dead(*row) for row in rows]
         # Files first: on a full disk they are what makes room for the rest.
         removed = _remove_files(store, inode, dead)
         _sweep_rows(store, reader, inode, progress)

@@ -335,6 +335,17 @@ def test_a_backup_under_way_keeps_the_files_but_not_the_events(path: Path) -> No
 # Faults.
 
 
+def test_a_segment_that_is_marked_as_dropped_and_is_not_stays(path: Path) -> None:
+    with opened(path) as store:
+        writer = Writer(store)
+        writer.write(("a",), 10)
+        with store.changing_catalogue(store.catalogue.inode) as catalogue:
+            catalogue.connection.execute("UPDATE segments SET dropped = 1")
+        assert compact(store, Retention()).removed_segments == 0
+    assert len(segment_files(path)) == 1
+    assert read_ids(path, "a") == writer.ids["a"]
+
+
 class Moving(Disk):
     """Runs something once, just before a segment is opened for reading."""
 
