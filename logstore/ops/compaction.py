@@ -20,7 +20,7 @@ from logstore.errors import DamageError, StoreLockedError, WriteFailedError
 from logstore.ops.access import open_existing
 from logstore.ops.progress import Progress, silent
 from logstore.ops.retention import Dropped, drop, planned
-from logstore.ops.rewrite import Moving, Rewriter
+from logstore.ops.rewrite import OWN_FILE_BYTES, Moving, Rewriter
 from logstore.ops.sweep import Swept, remove_unpublished_segments, sweep
 from logstore.storage.catalogue import Extent, connect
 from logstore.storage.files import Disk, is_disk_full, lock_holders
@@ -36,6 +36,9 @@ _SMALL_BYTES: Final = 1 * MIB
 _MOST_SMALL: Final = 2_000
 """Small segments that are left alone: packing a handful would be work for nothing."""
 _KEPT_SMALL: Final = 1_000
+_JOINED_FILES: Final = 4
+"""Small files of one stream that are worth to be written as one."""
+_RAGGED: Final = "ragged"
 _GROWN_RUNS: Final = 16
 _GROWN_BYTES: Final = 1 * MIB
 """A stream with as many runs in packs, and as many bytes, gets a file of its own."""
@@ -193,25 +196,38 @@ def _close_abandoned(store: OpenStore, inode: int) -> set[int]:
     ragged: set[int] = set()
     whole: list[tuple[int, str]] = []
     for segment_id, size in rows:
-        path = segment_path(store.root, segment_id)
-        fd = store.disk.open(path)
         try:
-            incarnation = decode_header(store.disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).incarnation
-            if incarnation == store.lane.incarnation or store.is_alive(incarnation):
-                continue
-            if store.disk.size(fd) == size:
-                whole.append((segment_id, hashlib.sha256(store.disk.read(fd, size, 0)).hexdigest()))
-            else:
-                ragged.add(segment_id)
-        except DamageError:
-            # For verify to report, and for repair to mend.
+            digest = _end_of_abandoned(store, segment_id, size)
+        except (DamageError, OSError) as error:
+            # For verify to report, and for repair to mend; what is well is compacted all the same.
+            logger.error("segment %d stays as it is: %s", segment_id, error)
             continue
-        finally:
-            store.disk.close(fd)
+        if digest == _RAGGED:
+            ragged.add(segment_id)
+        elif digest is not None:
+            whole.append((segment_id, digest))
     if whole:
         with store.changing_catalogue(inode) as catalogue:
             catalogue.seal_segments(whole)
     return ragged
+
+
+def _end_of_abandoned(store: OpenStore, segment_id: int, size: int) -> str | None:
+    """Return the SHA-256 of a segment that nobody writes any more, `_RAGGED` when more is in it than the index knows.
+
+    None while its writer lives.
+    """
+    path = segment_path(store.root, segment_id)
+    fd = store.disk.open(path)
+    try:
+        incarnation = decode_header(store.disk.read(fd, HEADER_BYTES, 0), path, KIND_SEGMENT).incarnation
+        if incarnation == store.lane.incarnation or store.is_alive(incarnation):
+            return None
+        if store.disk.size(fd) != size:
+            return _RAGGED
+        return hashlib.sha256(store.disk.read(fd, size, 0)).hexdigest()
+    finally:
+        store.disk.close(fd)
 
 
 def _choose(reader: sqlite3.Connection, ragged: set[int], segment_bytes: int) -> None:
@@ -227,17 +243,21 @@ def _choose(reader: sqlite3.Connection, ragged: set[int], segment_bytes: int) ->
         """
     )
     small = min(_SMALL_BYTES, segment_bytes // 2)
-    (count,) = reader.execute(
-        "SELECT count(*) FROM segments WHERE sealed = 1 AND dropped = 0 AND bytes < ?", (small,)
-    ).fetchone()
+    # Written anew, the only file of a stream that is worth one would be the same again.
+    reader.execute(
+        """
+        CREATE TEMP TABLE small AS SELECT segment_id FROM (
+            SELECT segment_id, stream_id, bytes, count(*) OVER (PARTITION BY stream_id) AS files
+            FROM segments WHERE sealed = 1 AND dropped = 0 AND bytes < ?)
+        WHERE stream_id IS NULL OR bytes < ? OR files >= ?
+        """,
+        (small, OWN_FILE_BYTES, _JOINED_FILES),
+    )
+    (count,) = reader.execute("SELECT count(*) FROM small").fetchone()
     if count > _MOST_SMALL:
         reader.execute(
-            """
-            INSERT OR IGNORE INTO emptied
-            SELECT segment_id FROM segments WHERE sealed = 1 AND dropped = 0 AND bytes < ?
-            ORDER BY segment_id LIMIT ?
-            """,
-            (small, count - _KEPT_SMALL),
+            "INSERT OR IGNORE INTO emptied SELECT segment_id FROM small ORDER BY segment_id LIMIT ?",
+            (count - _KEPT_SMALL,),
         )
     reader.execute(
         """

@@ -81,6 +81,14 @@ def _retain(store: OpenStore, tasks: Tasks) -> dict[str, Any]:
 
 
 def _back_up(store: OpenStore, target: FolderTarget, interval_s: float) -> dict[str, Any]:
+    lock = store.disk.lock(store.root / "backup.lock")
+    if lock is None:
+        return {"skipped": "another process makes one"}
+    with lock:
+        return _back_up_when_due(store, target, interval_s)
+
+
+def _back_up_when_due(store: OpenStore, target: FolderTarget, interval_s: float) -> dict[str, Any]:
     whole = [backup for backup in list_backups(target) if backup.problem is None]
     if whole:
         age_s = (datetime.now(UTC) - datetime.fromisoformat(whole[-1].begun)).total_seconds()

@@ -20,10 +20,24 @@ from logstore.storage.record import FLAG_FINAL, FLAG_REQUEST
 _SLICE_RUNS: Final = 2_000
 """Runs dropped in one transaction: some tens of milliseconds in which no checkpoint can commit."""
 
+_RUN: Final = "stream_id, last_id, first_id, segment_id, events, length"
+_OLDER: Final = f"SELECT {_RUN} FROM extents WHERE last_time_us < ?"
 _UNANSWERED: Final = f"""
     SELECT stream_id FROM (SELECT stream_id, max(last_id), last_flags FROM extents GROUP BY stream_id)
     WHERE last_flags & {FLAG_REQUEST | FLAG_FINAL} = {FLAG_REQUEST}
 """
+_SURPLUS: Final = f"""
+    SELECT {_RUN} FROM (
+        SELECT *, sum(events) OVER (PARTITION BY stream_id ORDER BY last_id DESC) - events AS younger
+        FROM extents WHERE stream_id IN (
+            SELECT stream_id FROM extents GROUP BY stream_id HAVING sum(events) > ? EXCEPT {_UNANSWERED}))
+    WHERE younger >= ? AND last_time_us < ?
+"""
+"""Runs that have enough younger events of their stream behind them."""
+_OLDEST: Final = f"""
+    SELECT {_RUN} FROM extents WHERE last_id <= ? AND last_time_us < ? AND stream_id NOT IN ({_UNANSWERED})
+"""
+_NAMED: Final = f"SELECT {_RUN} FROM streams JOIN extents USING (stream_id) WHERE name >= ? AND name < ?"
 
 
 class Dropped(NamedTuple):
@@ -59,37 +73,46 @@ class RetentionPlan:
     def __init__(self, reader: sqlite3.Connection, inode: int) -> None:
         self.inode = inode
         self._reader = reader
-        # In a temporary file, not in memory: there may be millions.
-        reader.execute(
-            """
-            CREATE TEMP TABLE going (stream_id INTEGER, last_id INTEGER, first_id INTEGER, segment_id INTEGER,
-            events INTEGER, length INTEGER, rule TEXT, PRIMARY KEY (stream_id, last_id, first_id)) WITHOUT ROWID
-            """
-        )
+        # In temporary files, not in memory: there may be millions.
+        for table, rule in (("going", ", rule TEXT"), ("candidates", "")):
+            reader.execute(
+                f"""
+                CREATE TEMP TABLE {table} (stream_id INTEGER, last_id INTEGER, first_id INTEGER, segment_id INTEGER,
+                events INTEGER, length INTEGER{rule}, PRIMARY KEY (stream_id, last_id, first_id)) WITHOUT ROWID
+                """
+            )
 
     def decide(self, retention: Retention, now_us: int) -> None:
         """Find what is to go."""
         young_us = now_us - int(retention.resume_window_s * 1_000_000)
         if retention.max_age_s is not None:
-            self._drop_before("age", "last_time_us < ?", (now_us - int(retention.max_age_s * 1_000_000),))
+            self._drop("age", _OLDER, (now_us - int(retention.max_age_s * 1_000_000),))
         self._drop_ended(young_us)
         if retention.max_events is not None:
-            self._drop_surplus(retention.max_events, young_us)
+            self._drop("count", _SURPLUS, (retention.max_events, retention.max_events, young_us))
         if retention.max_bytes is not None:
-            self._drop_to(retention.max_bytes, young_us)
+            newest = self._newest_beyond(retention.max_bytes)
+            self._drop("bytes", _OLDEST, (newest, young_us))
 
-    def _drop_before(self, rule: str, condition: str, values: tuple[int, ...]) -> None:
-        """Let runs go that fulfil a condition, as far as none before them in the stream stays."""
+    def _drop(self, rule: str, candidates: str, values: tuple[int | str, ...]) -> None:
+        """Let the runs go that a query gives, but for those that follow one that stays in their stream."""
+        self._reader.execute("DELETE FROM candidates")
+        self._reader.execute(f"INSERT OR IGNORE INTO candidates {candidates}", values)
         self._reader.execute(
-            f"""
+            """
             INSERT OR IGNORE INTO going
-            WITH kept AS (SELECT stream_id, min(first_id) AS first_id FROM extents WHERE NOT ({condition})
-                          GROUP BY stream_id)
-            SELECT e.stream_id, e.last_id, e.first_id, e.segment_id, e.events, e.length, ?
-            FROM (SELECT * FROM extents WHERE {condition}) AS e LEFT JOIN kept USING (stream_id)
-            WHERE kept.first_id IS NULL OR e.last_id < kept.first_id
+            WITH kept AS (
+                SELECT stream_id, min(first_id) AS first_id FROM extents AS e
+                WHERE stream_id IN (SELECT stream_id FROM candidates)
+                AND NOT EXISTS (SELECT 1 FROM candidates AS c WHERE c.stream_id = e.stream_id
+                                AND c.last_id = e.last_id AND c.first_id = e.first_id)
+                AND NOT EXISTS (SELECT 1 FROM going AS g WHERE g.stream_id = e.stream_id
+                                AND g.last_id = e.last_id AND g.first_id = e.first_id)
+                GROUP BY stream_id)
+            SELECT candidates.*, ? FROM candidates LEFT JOIN kept USING (stream_id)
+            WHERE kept.first_id IS NULL OR last_id < kept.first_id
             """,
-            (*values, rule, *values),
+            (rule,),
         )
 
     def _drop_ended(self, young_us: int) -> None:
@@ -103,32 +126,10 @@ class RetentionPlan:
         ).fetchall()
         for (prefix,) in sessions:
             behind = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-            self._reader.execute(
-                """
-                INSERT OR IGNORE INTO going
-                SELECT stream_id, last_id, first_id, segment_id, events, length, 'session'
-                FROM streams JOIN extents USING (stream_id) WHERE name >= ? AND name < ?
-                """,
-                (prefix, behind),
-            )
+            self._drop("session", _NAMED, (prefix, behind))
 
-    def _drop_surplus(self, max_events: int, young_us: int) -> None:
-        """Let runs go that have enough younger events of their stream before them."""
-        self._reader.execute(
-            f"""
-            INSERT OR IGNORE INTO going
-            SELECT stream_id, last_id, first_id, segment_id, events, length, 'count' FROM (
-                SELECT *, sum(events) OVER (PARTITION BY stream_id ORDER BY last_id DESC) - events AS younger
-                FROM extents WHERE stream_id IN (
-                    SELECT stream_id FROM extents GROUP BY stream_id HAVING sum(events) > ?
-                    EXCEPT {_UNANSWERED}))
-            WHERE younger >= ? AND last_time_us < ?
-            """,
-            (max_events, max_events, young_us),
-        )
-
-    def _drop_to(self, max_bytes: int, young_us: int) -> None:
-        """Let the oldest runs go until the segments that stay are no more than the bound."""
+    def _newest_beyond(self, max_bytes: int) -> int:
+        """Return the last event id of the newest of the segments that are too many, 0 when none is."""
         (staying,) = self._reader.execute(
             """
             SELECT coalesce((SELECT sum(bytes) FROM segments WHERE dropped = 0), 0)
@@ -144,9 +145,7 @@ class RetentionPlan:
                 break
             staying -= size
             newest = last_id
-        if newest:
-            condition = f"last_id <= ? AND last_time_us < ? AND stream_id NOT IN ({_UNANSWERED})"
-            self._drop_before("bytes", condition, (newest, young_us))
+        return newest
 
     def figures(self) -> list[Dropped]:
         """Return what each rule drops."""

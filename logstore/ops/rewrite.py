@@ -7,7 +7,6 @@ for the old one asks again.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ _MOST_EVENTS: Final = 20_000
 _WRITE_BYTES: Final = 1 << 20
 _SLICE_FRAMES: Final = 1_000
 _PAUSE_S: Final = 0.000_05
-_OWN_FILE_BYTES: Final = 256 << 10
+OWN_FILE_BYTES: Final = 256 << 10
 """Events of one stream that are worth a file of its own."""
 
 
@@ -146,7 +145,7 @@ class Rewriter:
                 events = self._read(extent)
                 if events is None:
                     continue
-                own_stream = extent.stream_id if run.stream_bytes >= _OWN_FILE_BYTES else None
+                own_stream = extent.stream_id if run.stream_bytes >= OWN_FILE_BYTES else None
                 if output is not None and (self._is_full(output) or own_stream != output.own_stream):
                     self._finish(output)
                     output = None
@@ -158,10 +157,7 @@ class Rewriter:
                 self._finish(output)
         except BaseException:
             if output is not None:
-                output.writer.close()
-                # What is left of it the next pass removes.
-                with contextlib.suppress(OSError):
-                    self._store.disk.unlink(output.writer.path)
+                output.writer.discard()
             raise
 
     def _is_full(self, output: _Output) -> bool:
@@ -169,22 +165,30 @@ class Rewriter:
 
     def _read(self, extent: Extent) -> tuple[bytes, list[_Spot]] | None:
         """Return the bytes and events of a run; None when they are damaged, which is for repair to mend."""
-        disk = self._store.disk
         path = segment_path(self._store.root, extent.segment_id)
-        fd = disk.open(path)
         try:
-            data = disk.read(fd, extent.length, extent.offset)
-        finally:
-            disk.close(fd)
+            data = self._bytes(extent)
+        except OSError as error:
+            self._leave(extent, str(error))
+            return None
         events = list(self._spots(data))
-        whole = sum(spot.length for spot in events) == extent.length and len(events) == extent.events
-        if not whole:
-            self.damaged.add(extent.segment_id)
-            logger.error(
-                "%s: events %d to %d are damaged, compaction leaves them", path, extent.first_id, extent.last_id
-            )
+        if sum(spot.length for spot in events) != extent.length or len(events) != extent.events:
+            self._leave(extent, f"{path}: events {extent.first_id} to {extent.last_id} are damaged")
             return None
         return data, events
+
+    def _leave(self, extent: Extent, reason: str) -> None:
+        """Leave a run where it is."""
+        self.damaged.add(extent.segment_id)
+        logger.error("compaction leaves a segment as it is: %s", reason)
+
+    def _bytes(self, extent: Extent) -> bytes:
+        disk = self._store.disk
+        fd = disk.open(segment_path(self._store.root, extent.segment_id))
+        try:
+            return disk.read(fd, extent.length, extent.offset)
+        finally:
+            disk.close(fd)
 
     def _spots(self, data: bytes) -> Iterator[_Spot]:
         for place, (offset, frame) in enumerate(iter_frames(data, self._seed)):

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from logstore.ops.progress import Progress
 from logstore.storage.catalogue import connect
+from logstore.storage.ids import MAX_ID
 from logstore.storage.opening import OpenStore
 from logstore.storage.segment import UNPUBLISHED, segment_path
 
@@ -132,13 +133,17 @@ def _sweep_rows(store: OpenStore, reader: sqlite3.Connection, inode: int, progre
 
 
 def _forget(store: OpenStore, reader: sqlite3.Connection, inode: int, removed: list[_Dead]) -> None:
-    """Delete the rows of removed segments, and of streams and sessions that nobody can ask for."""
+    """Delete the rows of removed segments, and of streams and sessions that nobody can ask for.
+
+    A stream stays on record as long as a segment may hold frames of it, or rows point to it.
+    """
     streams = reader.execute(
         """
         SELECT stream_id FROM streams WHERE dropped_at < datetime('now', ?)
+        AND dropped_id < (SELECT coalesce(min(first_id), ?) FROM segments WHERE events != 0)
         AND NOT EXISTS (SELECT 1 FROM extents WHERE extents.stream_id = streams.stream_id) LIMIT ?
         """,
-        (_FORGET, _SLICE_ROWS),
+        (_FORGET, MAX_ID, _SLICE_ROWS),
     ).fetchall()
     sessions = reader.execute(
         "SELECT session_hash FROM sessions WHERE ended_at < datetime('now', ?) LIMIT ?", (_FORGET, _SLICE_ROWS)

@@ -15,7 +15,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, compress, repeat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -157,6 +157,8 @@ class SegmentStore:
         self._open: dict[str, _Segment] = {}
         # Begun by the checkpoint that runs, and not in the index yet.
         self._begun: list[SegmentWriter] = []
+        # Whether the last checkpoint failed, so that nobody knows what of it is indexed.
+        self._in_doubt = False
         self._done: list[Journal] = []
         self._unlinked: list[tuple[int, int]] = []
 
@@ -173,12 +175,14 @@ class SegmentStore:
             sqlite3.Error: The catalogue refused; likewise.
         """
         try:
-            self._store(runs, journals, now_us)
+            self._store(self._not_indexed(runs) if self._in_doubt else runs, journals, now_us)
         except BaseException:
             # What the open segments hold past their indexed length is not known: they end here.
-            self._close_all()
+            self.abandon()
             self._remove_begun()
+            self._in_doubt = True
             raise
+        self._in_doubt = False
         # From here on nothing is an error: whoever tried again would index the events twice.
         self._done += journals
         try:
@@ -186,6 +190,19 @@ class SegmentStore:
             self._catalogue.shrink_wal()
         except (OSError, sqlite3.Error) as error:
             logger.warning("what a checkpoint is done with is removed after the next one: %s", error)
+
+    def _not_indexed(self, runs: Sequence[Run]) -> list[Run]:
+        """Return what is left to store after a try that failed.
+
+        It may be on disk all the same, and whoever opened the store since has indexed what that try had written.
+        """
+        left: list[Run] = []
+        for run in runs:
+            known = self._catalogue.indexed(run.ids)
+            fresh = [event_id not in known for event_id in run.ids]
+            if any(fresh):
+                left.append(Run(run.stream, list(compress(run.ids, fresh)), list(compress(run.frames, fresh))))
+        return left
 
     def _remove_done(self) -> None:
         """Remove the journals whose events are in segments."""
@@ -335,9 +352,10 @@ class SegmentStore:
                     (segment.writer.number, segment.writer.sha256) for segment in self._open.values()
                 )
                 self._catalogue.forget_journals(self._unlinked)
-        self._close_all()
+        self.abandon()
 
-    def _close_all(self) -> None:
+    def abandon(self) -> None:
+        """Write the open segments no further; they stay as they are."""
         for segment in self._open.values():
             segment.writer.close()
         self._open.clear()

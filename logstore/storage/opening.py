@@ -160,6 +160,8 @@ class OpenStore:
                 segment_bytes=self._segment_bytes,
             )
             highest = self._adopt(self.lane.number, self.lane.folder)
+            # Until the marks name this incarnation, compaction takes what it writes for a dead process's.
+            self.segments.close()
         self.lane.marks.begin(self.lane.incarnation)
         self.lane.ids.advance(max(highest, self.adopt_dead_lanes()))
         self._wait_for_void_lanes()
@@ -313,7 +315,11 @@ class OpenStore:
                 raise IndexReplacedError(f"{self._path} was made again by another process; try again")
             with self.catalogue.transaction():
                 yield self.catalogue
-            self.catalogue.shrink_wal()
+            # What was changed is changed: from here on nothing is an error.
+            try:
+                self.catalogue.shrink_wal()
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("SQLite's log is folded into %s later: %s", self._path, error)
 
     def keep_reserve(self) -> None:
         """Keep some room that `give_reserve` can give back, when the disk is full and retention needs it to make more.
@@ -377,6 +383,8 @@ class OpenStore:
             self._mend_catalogue()
             self.catalogue.open()
             self._index_unknown()
+            # An index that was made again has them sealed, and compaction may have removed them.
+            self.segments.abandon()
             self.registry.all_changed()
 
     def adopt_dead_lanes(self) -> int:
@@ -396,6 +404,7 @@ class OpenStore:
             if lock is None:
                 continue
             with lock, self.checkpoint_lock():
+                self._keep_catalogue()
                 highest = max(highest, self._adopt(number, folder))
         return highest
 

@@ -17,7 +17,7 @@ from logstore.errors import DamageError, GapError
 from logstore.storage.catalogue import Catalogue, Extent, StreamRuns
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign
-from logstore.storage.ids import MAX_ID
+from logstore.storage.ids import MAX_ID, time_ms_of
 from logstore.storage.options import Retention
 from logstore.storage.record import (
     FLAG_FINAL,
@@ -127,7 +127,7 @@ class Reader:
         asked = _EXTENTS
         while True:
             runs = self._asked(self._catalogue.runs, stream, after, asked)
-            dropped = max(runs.dropped_id, self._beyond_limit(stream, runs))
+            dropped = max(runs.dropped_id, self._beyond_limit(stream, after, runs))
             if 0 < after < dropped:
                 raise GapError(stream, str(after), f"retention has dropped what came before event {dropped}")
             # What comes behind the last run that was asked for is not known.
@@ -157,11 +157,14 @@ class Reader:
                 return _Found(events, after, below, _Hole(last, f"{path} is damaged"))
         return _Found(events, after, below)
 
-    def _beyond_limit(self, stream: str, runs: StreamRuns) -> int:
+    def _beyond_limit(self, stream: str, after: int, runs: StreamRuns) -> int:
         """Return the highest id of a stream that is one too many, 0 for none; the disk may have it for a while yet."""
         kept = self._retention.max_events
         young_us = time.time_ns() // 1000 - int(self._retention.resume_window_s * 1_000_000)
         if kept is None or not runs.extents or runs.extents[0].first_time_us >= young_us:
+            return 0
+        if time_ms_of(after) * 1000 >= young_us:
+            # Nobody who comes back in time needs to know.
             return 0
         total = 0
         for place, extent in enumerate(self._newest_first(stream)):
@@ -172,9 +175,9 @@ class Reader:
             surplus = min(total - kept, extent.events)
             if surplus == extent.events and extent.last_time_us < young_us:
                 return extent.last_id
-            if surplus > 0 and extent.last_time_us < young_us:
+            if surplus > 0 and extent.first_time_us < young_us:
                 found, _ = self._extent(extent, stream, 0, surplus)
-                return found[surplus - 1].id if len(found) >= surplus else 0
+                return max((event.id for event in found[:surplus] if event.time_us < young_us), default=0)
         return 0
 
     def _newest_first(self, stream: str) -> Iterator[Extent]:

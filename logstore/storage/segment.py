@@ -84,6 +84,14 @@ class SegmentWriter:
         self.path = path
         self._disk.sync_folder(path.parent)
 
+    def discard(self) -> None:
+        """Close a file that failed, and remove it unless it is in its place: the index may name it all the same."""
+        self.close()
+        if self.path.name.endswith(UNPUBLISHED):
+            # What is left of it the next pass of compaction removes.
+            with contextlib.suppress(OSError):
+                self._disk.unlink(self.path)
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._fd >= 0:

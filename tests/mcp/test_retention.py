@@ -47,10 +47,11 @@ async def test_streams_of_requests_say_so_and_sessions_name_their_streams(tmp_pa
         await client.list_tools()
         steps.allow(3)
         await client.call_tool("count", {"to": 3, "label": "n"}, progress_callback=progress)
-    streams = dict(ask(path, "SELECT name, last_flags FROM streams JOIN extents USING (stream_id)"))
-    calls = [flags for name, flags in streams.items() if not str(name).endswith("_GET_stream")]
+    rows = ask(path, "SELECT name, last_flags FROM streams JOIN extents USING (stream_id)")
+    streams = {str(name): int(flags) for name, flags in rows}
+    calls = [flags for name, flags in streams.items() if not name.endswith("_GET_stream")]
     assert len(calls) >= 2
-    assert all(int(flags) & (FLAG_REQUEST | FLAG_FINAL) == FLAG_REQUEST | FLAG_FINAL for flags in calls)
-    assert not any(int(flags) & FLAG_REQUEST for name, flags in streams.items() if str(name).endswith("_GET_stream"))
+    assert all(flags & (FLAG_REQUEST | FLAG_FINAL) == FLAG_REQUEST | FLAG_FINAL for flags in calls)
+    assert not any(flags & FLAG_REQUEST for name, flags in streams.items() if name.endswith("_GET_stream"))
     prefixes = [str(prefix) for (prefix,) in ask(path, "SELECT stream_prefix FROM sessions")]
-    assert all(sum(str(name).startswith(prefix) for prefix in prefixes) == 1 for name in streams)
+    assert all(sum(name.startswith(prefix) for prefix in prefixes) == 1 for name in streams)
