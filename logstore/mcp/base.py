@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, cast
 
@@ -17,6 +18,7 @@ from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosed
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
 from logstore.mcp.scope import name_in_log
 from logstore.mcp.sdk import STANDALONE_STREAM, called_by_transport, is_transport_callback, split_transport_prefix
+from logstore.mcp.sessions import MemorySessions, SessionKeeper
 from logstore.storage import (
     FIRST_PAGE_EVENTS,
     FLAG_FINAL,
@@ -61,6 +63,10 @@ class EventLog(Protocol):
         """Yield events of a stream in order, and go on with those to come, until the log is closed."""
         ...
 
+    async def unanswered(self, prefix: str) -> list[str]:
+        """Return the streams of requests that have no answer, whose names begin with a prefix."""
+        ...
+
     def stream_summaries(self) -> list[StreamSummary]:
         """Return one summary a stream."""
         ...
@@ -85,6 +91,7 @@ class LogEventStore(EventStore):
         self._opening = asyncio.Lock()
         self._closed = False
         self._told_unscoped = False
+        self._sessions = MemorySessions()
 
     @property
     def raises_on_write_failure(self) -> bool:
@@ -206,11 +213,13 @@ class LogEventStore(EventStore):
         """Return whether the store keeps its promises, why not, and since when; `closed` before its first use too."""
         return Health("closed", None, None, 0) if self._log is None else self._log.health()
 
-    async def session_opened(self, key: str, data: bytes, stream_prefix: str) -> None:
-        """Keep what is known of a session; a store that does not outlive the process keeps nothing."""
+    async def sessions(self) -> SessionKeeper:
+        """Return where sessions are kept."""
+        return self._sessions
 
-    async def session_ended(self, key: str) -> None:
-        """Mark a session as ended; see `session_opened`."""
+    async def shared_folder(self) -> Path | None:
+        """Return a folder that all processes share which have this store open; None when it is in memory."""
+        return None
 
 
 async def store_for_transport(log: EventLog, name: str, stream_id: str, message: Message | None) -> str:

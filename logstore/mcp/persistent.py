@@ -13,6 +13,7 @@ from logstore.config import DEFAULT_DB_PATH, MEMORY_DB_PATH, EngineSettings, con
 from logstore.errors import StoreClosedError
 from logstore.mcp.base import EventLog, LogEventStore
 from logstore.mcp.private_folder import PrivateFolder
+from logstore.mcp.sessions import SessionKeeper
 from logstore.ops.schedule import Schedule
 from logstore.storage import Health, Log
 from logstore.storage.files import Disk
@@ -126,17 +127,17 @@ class PersistentEventStore(LogEventStore):
             "since_open": None if stats is None else msgspec.to_builtins(stats),
         }
 
-    async def session_opened(self, key: str, data: bytes, stream_prefix: str) -> None:
-        """Record a session in the store's registry; on return it is on disk."""
+    async def sessions(self) -> SessionKeeper:
+        """Return the store's registry of sessions."""
         await self.log()
         assert self._engine is not None
-        await self._engine.sessions.open(key, data, stream_prefix)
+        return self._engine.sessions
 
-    async def session_ended(self, key: str) -> None:
-        """Record the end of a session; on return it is on disk."""
+    async def shared_folder(self) -> Path | None:
+        """Return the folder of the log."""
         await self.log()
         assert self._engine is not None
-        await self._engine.sessions.end(key)
+        return self._engine.folder
 
     def _path(self) -> Path:
         return Path(self.config.db_path) if self._folder is None else self._folder.path / "events.db"

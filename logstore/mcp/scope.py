@@ -2,22 +2,29 @@
 
 The SDK names a stream after the JSON-RPC request id, `"1"`, in every session. So the name in the log begins with a
 token of the session: `<token>/<stream id>`. The token is random and not the session id, since that is not known before
-the response to `initialize`, and is a secret: whoever has it may speak in the session.
+the response to `initialize`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from contextvars import ContextVar
 from typing import Final
 from urllib.parse import unquote
 
-import anyio
-
+from logstore.mcp.sdk import STANDALONE_STREAM
 from logstore.storage.record import MAX_STREAM_BYTES
 
 _TOKEN_BYTES: Final = 16
+_TEXT: Final = "%-"
+"""Before a request id that looks like a number and is a str; `_escape` never makes it."""
+_HASHED: Final = "#"
+_NUMBER: Final = re.compile(r"0|-?[1-9][0-9]*")
+
+RequestId = int | str
+"""As JSON-RPC has it; `1` and `"1"` are not the same."""
 
 
 class SessionScope:
@@ -25,45 +32,61 @@ class SessionScope:
 
     Attributes:
         token: What its stream names begin with; 32 hexadecimal digits.
-        transport_prefix: What FastMCP's adapter puts before the stream ids of this session's transport.
+        running: Names of the streams of requests that wait for their answer.
+        unrecorded: The one stream id that is not stored: of the request by which a session is revived.
+        closed: Whether nothing is stored for it any more: another process may serve it now.
     """
 
-    __slots__ = ("__weakref__", "_readers", "token", "transport_prefix")
+    __slots__ = ("_text_ids", "closed", "prefix", "running", "token", "unrecorded")
 
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(_TOKEN_BYTES)
-        self.transport_prefix = ""
-        self._readers: set[anyio.CancelScope] = set()
+    def __init__(self, token: str | None = None) -> None:
+        self.token = token or secrets.token_hex(_TOKEN_BYTES)
+        self.prefix = f"{self.token}/"
+        self.running: set[str] = set()
+        self.unrecorded: str | None = None
+        self.closed = False
+        self._text_ids: set[str] = set()
+
+    def begin(self, request_id: RequestId) -> str:
+        """Note a request that was sent, and return the name of its stream."""
+        stream_id = str(request_id)
+        if isinstance(request_id, str) and _NUMBER.fullmatch(request_id):
+            self._text_ids.add(stream_id)
+        elif self._text_ids:
+            self._text_ids.discard(stream_id)
+        name = self.name_of(stream_id)
+        self.running.add(name)
+        return name
 
     def name_of(self, stream_id: str) -> str:
         """Return the name in the log of a stream of this session; never fails, since clients choose request ids."""
-        return name_in_log(f"{self.token}/", stream_id)
+        if stream_id in self._text_ids and len(stream_id) + len(self.prefix) + len(_TEXT) <= MAX_STREAM_BYTES:
+            return f"{self.prefix}{_TEXT}{stream_id}"
+        return name_in_log(self.prefix, stream_id)
 
-    def stream_id_of(self, name: str) -> str | None:
-        """Return the SDK's id of a stream of this session, or None when the stream is another's.
+    def owns(self, name: str) -> bool:
+        """Whether a stream is one of this session's."""
+        return name.startswith(self.prefix)
 
-        Of an id so long that its name holds a hash, the hash comes back: nobody can resume by that one through
-        FastMCP's adapter.
-        """
-        token, slash, escaped = name.partition("/")
-        if not slash or token != self.token:
-            return None
-        return unquote(escaped, errors="surrogatepass")
 
-    def add_reader(self) -> anyio.CancelScope:
-        """Return a cancel scope for one reader, cancelled when the session ends."""
-        reader = anyio.CancelScope()
-        self._readers.add(reader)
-        return reader
+def request_id_of(name: str) -> RequestId | None:
+    """Return the id of the request that a session's stream belongs to.
 
-    def remove_reader(self, reader: anyio.CancelScope) -> None:
-        """Forget a reader that is done."""
-        self._readers.discard(reader)
+    Returns:
+        None for the standalone stream, and for an id so long that the name holds a hash of it.
+    """
+    escaped = name.partition("/")[2]
+    if escaped.startswith(_TEXT):
+        return escaped.removeprefix(_TEXT)
+    if escaped == STANDALONE_STREAM or escaped.startswith(_HASHED):
+        return None
+    stream_id = unquote(escaped, errors="surrogatepass")
+    return int(stream_id) if _NUMBER.fullmatch(stream_id) else stream_id
 
-    def end(self) -> None:
-        """End what reads in this session."""
-        for reader in self._readers:
-            reader.cancel()
+
+def is_standalone(name: str) -> bool:
+    """Whether a session's stream is the one that belongs to no request, and never ends."""
+    return name.partition("/")[2] == STANDALONE_STREAM
 
 
 current_session: ContextVar[SessionScope | None] = ContextVar("logstore_session", default=None)
@@ -75,16 +98,16 @@ def name_in_log(prefix: str, stream_id: str) -> str:
     name = prefix + _escape(stream_id)
     if 0 < len(name) <= MAX_STREAM_BYTES:
         return name
-    return f"{prefix}#{hashlib.sha256(stream_id.encode(errors='surrogatepass')).hexdigest()}"
+    return f"{prefix}{_HASHED}{hashlib.sha256(stream_id.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def _escape(stream_id: str) -> str:
     """Return a stream id in ASCII that prints; reversible, and most stay as they are."""
-    if stream_id.isascii() and stream_id.isprintable() and "%" not in stream_id and not stream_id.startswith("#"):
+    if stream_id.isascii() and stream_id.isprintable() and "%" not in stream_id and not stream_id.startswith(_HASHED):
         return stream_id
     return "".join(
         character
-        if character.isascii() and character.isprintable() and character != "%" and (position or character != "#")
+        if character.isascii() and character.isprintable() and character != "%" and (position or character != _HASHED)
         else "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass"))
         for position, character in enumerate(stream_id)
     )

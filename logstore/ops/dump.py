@@ -25,13 +25,18 @@ from logstore.storage.header import (
 )
 from logstore.storage.journal import BATCH_HEADER_BYTES, PAGE_BYTES, BatchHeader, batch_header_at, next_page
 from logstore.storage.record import FRAME_HEADER, MAX_BODY_BYTES, decode_stamp, frame_at
-from logstore.storage.registry import ENDED, OPENED, OWNED, salvage_entries
+from logstore.storage.registry import ENDED, OPENED, OWNED, RELEASED, salvage_entries
 
 _WINDOW_BYTES: Final = 1 << 20
 _BODY_START: Final = b"\x96"
 """First byte of every event's body: a msgpack array of six."""
 _KINDS: Final = {KIND_JOURNAL: "journal", KIND_SEGMENT: "segment", KIND_REGISTRY: "registry"}
-_ENTRIES: Final = {OPENED: "session opened", OWNED: "session taken over", ENDED: "session ended"}
+_ENTRIES: Final = {
+    OPENED: "session opened",
+    OWNED: "session taken over",
+    ENDED: "session ended",
+    RELEASED: "session released",
+}
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -88,12 +88,14 @@ class _Sessions:
 
     def __init__(self) -> None:
         self._alive: dict[str, Entry] = {}
+        self._owners: dict[str, set[int]] = {}
         self._ended: set[str] = set()
         self._newest_us = 0
 
     def apply(self, entry: Entry) -> None:
         """Take the next entry."""
         self._newest_us = max(self._newest_us, entry.time_us)
+        self._owners.setdefault(entry.key, set()).add(entry.incarnation)
         if entry.kind == ENDED:
             self._alive.pop(entry.key, None)
             self._ended.add(entry.key)
@@ -103,14 +105,17 @@ class _Sessions:
             self._alive[entry.key] = msgspec.structs.replace(opened, incarnation=entry.incarnation)
 
     def lacks(self, copy: CopiedSession) -> bool:
-        """Whether a session that the index has is missing, or has an earlier owner than the index knows."""
+        """Whether a session that the index has is missing, or has an owner in the index that it never had."""
         if copy.ended or copy.key in self._ended:
             return False
         alive = self._alive.get(copy.key)
         if alive is None:
             # One that ended long ago is gone from a registry that was written anew, and the copy may not know.
             return copy.opened_us is not None and copy.opened_us + 1_000_000 > self._newest_us
-        return type(copy.incarnation) is not int or alive.incarnation < copy.incarnation
+        # A process that was opened earlier may have taken it over since.
+        return type(copy.incarnation) is not int or (
+            alive.incarnation < copy.incarnation and copy.incarnation not in self._owners[copy.key]
+        )
 
     def denies(self, copy: CopiedSession) -> bool:
         """Whether the index has another state of a session than it can have had."""

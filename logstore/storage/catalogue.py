@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from logstore.errors import FormatVersionError, NotAStoreError
+from logstore.storage.record import FLAG_FINAL, FLAG_REQUEST
 from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION, migrate
 
 _WAL_BYTES: Final = 4 << 20
@@ -504,6 +505,21 @@ class Catalogue:
         """Return where an event lies."""
         rows = self._query("SELECT * FROM events WHERE event_id = ?", (event_id,))
         return EventRow(*rows[0]) if rows else None
+
+    def unanswered(self, prefix: str) -> list[tuple[str, int]]:
+        """Return the streams of requests without their answer, and each one's last id, whose names begin so."""
+        return self._query(
+            f"""
+            SELECT name, last_id FROM (
+                SELECT name, extents.last_id, extents.last_flags,
+                       row_number() OVER (PARTITION BY stream_id ORDER BY extents.last_id DESC) AS age
+                FROM streams JOIN extents USING (stream_id)
+                WHERE name >= ? AND name < ? || char(1114111)
+            )
+            WHERE age = 1 AND last_flags & {FLAG_REQUEST | FLAG_FINAL} = {FLAG_REQUEST}
+            """,
+            (prefix, prefix),
+        )
 
     def segment_sizes(self) -> dict[int, int]:
         """Return the committed length in bytes of every segment, those included that are on their way out."""

@@ -28,10 +28,10 @@ from logstore.storage.header import frame_seed
 from logstore.storage.ids import parse_event_id
 from logstore.storage.lane import lane_folders
 from logstore.storage.latency import Latencies
-from logstore.storage.opening import OpenStore
+from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
 from logstore.storage.reader import Reader, contiguous
-from logstore.storage.record import FIRST_PAGE_EVENTS, Event, decode_frame, decode_stamp, next_page_events
+from logstore.storage.record import FIRST_PAGE_EVENTS, FLAG_FINAL, Event, decode_frame, decode_stamp, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
@@ -65,6 +65,11 @@ class Log:
         self._misses = 0
         self._read_latencies = Latencies()
         self.sessions = Sessions(self._session_parts)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the log, which all processes share that have the store open."""
+        return log_folder(self.path)
 
     # Opening and closing.
 
@@ -230,6 +235,27 @@ class Log:
             if not events:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
         return contiguous(stream, start, events)
+
+    async def unanswered(self, prefix: str) -> list[str]:
+        """Return the streams of requests that have no answer yet, whose names begin with a prefix.
+
+        Of streams that live processes write only those that are in segments already.
+
+        Raises:
+            DamageError: The catalogue cannot be read.
+        """
+        parts = await self._ready()
+        with self._index_errors():
+            found = await parts.read(parts.store.catalogue.unanswered, prefix)
+        return [stream for stream, last_id in found if not await self._is_answered(stream, str(last_id))]
+
+    async def _is_answered(self, stream: str, after: str) -> bool:
+        """Whether a stream's last event, which comes after this one or is it, is an answer."""
+        last: Event | None = None
+        while events := await self.read(stream, after):
+            last = events[-1]
+            after = last.event_id
+        return last is not None and bool(last.flags & FLAG_FINAL)
 
     async def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
         """Yield a stream's events after an id, then those to come, each once and in order, until the log is closed.

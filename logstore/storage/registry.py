@@ -38,6 +38,8 @@ _REWRITE_ENTRIES: Final = 10_000
 OPENED: Final = 1
 OWNED: Final = 2
 ENDED: Final = 3
+RELEASED: Final = 4
+"""Its owner lives and serves it no more: whoever is asked for it next takes it over."""
 
 
 class Session(NamedTuple):
@@ -49,6 +51,8 @@ class Session(NamedTuple):
         opened_us: When it was opened, microseconds since 1970.
         data: What its opener wants to find again.
         stream_prefix: What the names of its streams begin with, empty when they cannot be told by that.
+        changed_us: When it was last opened, taken over, released or touched; microseconds since 1970.
+        released: Whether its owner serves it no more.
     """
 
     key: str
@@ -56,6 +60,8 @@ class Session(NamedTuple):
     opened_us: int
     data: bytes
     stream_prefix: str = ""
+    changed_us: int = 0
+    released: bool = False
 
 
 class SessionChange(NamedTuple):
@@ -69,7 +75,7 @@ class SessionChange(NamedTuple):
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True):
-    """One line of the registry: a session was opened, taken over, or ended."""
+    """One line of the registry: a session was opened, taken over or touched, released, or ended."""
 
     kind: int
     key: str
@@ -167,18 +173,37 @@ class Registry:
             OSError: The disk refused.
         """
         self._append(Entry(OPENED, key, incarnation, now_us, data, stream_prefix))
-        return Session(key, incarnation, now_us, data, stream_prefix)
+        return Session(key, incarnation, now_us, data, stream_prefix, now_us)
 
-    def end_session(self, key: str, incarnation: int, now_us: int) -> None:
-        """End a session; on return that is on disk."""
-        self._append(Entry(ENDED, key, incarnation, now_us, b""))
+    def end_session(self, key: str, incarnation: int, now_us: int, *, unchanged_since_us: int | None = None) -> None:
+        """End a session; on return that is on disk.
+
+        Args:
+            key: The session.
+            incarnation: Who ends it.
+            now_us: The time.
+            unchanged_since_us: End it only if its last change is not after this.
+        """
+        with self._mutex, self._locked():
+            self._catch_up()
+            session = self._sessions.get(key)
+            if session is not None and (unchanged_since_us is None or session.changed_us <= unchanged_since_us):
+                self._append_locked(Entry(ENDED, key, incarnation, now_us, b""))
+
+    def release(self, key: str, incarnation: int, now_us: int) -> None:
+        """Note that a session's owner serves it no more, if it is the owner; on return that is on disk."""
+        with self._mutex, self._locked():
+            self._catch_up()
+            session = self._sessions.get(key)
+            if session is not None and session.incarnation == incarnation and not session.released:
+                self._append_locked(Entry(RELEASED, key, incarnation, now_us, b""))
 
     def take_over(self, key: str, previous: int, incarnation: int, now_us: int) -> Session | None:
         """Give a session to another owner, unless somebody else was faster.
 
         Args:
             key: The session.
-            previous: The owner that the caller found dead.
+            previous: The owner that the caller found dead, or that released it; the new one itself to touch it.
             incarnation: The new owner.
             now_us: The time.
 
@@ -215,10 +240,12 @@ class Registry:
     def _rewrite(self) -> None:
         """Put a file in place that holds what is valid and nothing else."""
         assert self._header is not None
-        entries = [
-            Entry(OPENED, each.key, each.incarnation, each.opened_us, each.data, each.stream_prefix)
-            for each in self._sessions.values()
-        ]
+        entries: list[Entry] = []
+        for each in self._sessions.values():
+            entries.append(Entry(OPENED, each.key, each.incarnation, each.opened_us, each.data, each.stream_prefix))
+            if each.released or each.changed_us != each.opened_us:
+                kind = RELEASED if each.released else OWNED
+                entries.append(Entry(kind, each.key, each.incarnation, each.changed_us, b""))
         self._disk.publish(self._path, encode_registry(self._header.store_id, entries))
         self._reopen()
 
@@ -275,12 +302,16 @@ class Registry:
     def _apply(self, entry: Entry) -> None:
         self._entries += 1
         if entry.kind == OPENED:
-            session = Session(entry.key, entry.incarnation, entry.time_us, entry.data, entry.stream_prefix)
+            session = Session(
+                entry.key, entry.incarnation, entry.time_us, entry.data, entry.stream_prefix, entry.time_us
+            )
         else:
             found = self._sessions.get(entry.key)
             if found is None:
                 return
-            session = found._replace(incarnation=entry.incarnation)
+            session = found._replace(
+                incarnation=entry.incarnation, changed_us=entry.time_us, released=entry.kind == RELEASED
+            )
         ended = entry.time_us if entry.kind == ENDED else None
         if ended is None:
             self._sessions[entry.key] = session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from logstore.storage.checkpointer import Checkpointer
 from logstore.storage.opening import OpenStore
@@ -20,6 +20,11 @@ class Sessions:
 
     def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]]) -> None:
         self._ready = ready
+
+    async def incarnation(self) -> int:
+        """Return what this opening of the store is called as an owner."""
+        store, _ = await self._ready()
+        return store.lane.incarnation
 
     async def open(self, key: str, data: bytes, stream_prefix: str = "") -> Session:
         """Add a session that this process serves; on return it is on disk.
@@ -40,14 +45,57 @@ class Sessions:
         store, _ = await self._ready()
         return await asyncio.to_thread(store.registry.find, key)
 
-    async def end(self, key: str) -> None:
-        """End a session; on return that is on disk."""
+    async def all(self) -> list[Session]:
+        """Return every session that has not ended, oldest first."""
+        store, _ = await self._ready()
+        return await asyncio.to_thread(store.registry.sessions)
+
+    async def end(self, key: str, *, unchanged_since_us: int | None = None) -> None:
+        """End a session; on return that is on disk.
+
+        Args:
+            key: The session.
+            unchanged_since_us: End it only if its last change is not after this, in microseconds since 1970.
+        """
         store, _ = await self._ready()
         now_us = time.time_ns() // 1000
-        await asyncio.to_thread(store.registry.end_session, key, store.lane.incarnation, now_us)
+        incarnation = store.lane.incarnation
+        await asyncio.to_thread(
+            store.registry.end_session, key, incarnation, now_us, unchanged_since_us=unchanged_since_us
+        )
+
+    async def release(self, key: str) -> None:
+        """Let whoever is asked for a session of this process next take it over; on return that is on disk.
+
+        The caller writes nothing to its streams any more.
+        """
+        store, _ = await self._ready()
+        await asyncio.to_thread(store.registry.release, key, store.lane.incarnation, time.time_ns() // 1000)
+
+    async def touch(self, key: str) -> None:
+        """Renew the time of the last change of a session of this process."""
+        store, _ = await self._ready()
+        own = store.lane.incarnation
+        await asyncio.to_thread(store.registry.take_over, key, own, own, time.time_ns() // 1000)
+
+    async def unserved(self, keys: Iterable[str]) -> set[str]:
+        """Return those of the sessions whose owner is dead."""
+        store, _ = await self._ready()
+
+        def look() -> set[str]:
+            found = [session for key in keys if (session := store.registry.find(key)) and not session.released]
+            dead = {owner for owner in {each.incarnation for each in found} if not store.is_alive(owner)}
+            return {session.key for session in found if session.incarnation in dead}
+
+        return await asyncio.to_thread(look)
+
+    async def is_alive(self, incarnation: int) -> bool:
+        """Whether the opening with this incarnation still has the store open."""
+        store, _ = await self._ready()
+        return await asyncio.to_thread(store.is_alive, incarnation)
 
     async def take_over(self, key: str) -> Session | None:
-        """Serve a session from here on, if its owner is dead.
+        """Serve a session from here on, if its owner is dead or has released it.
 
         On return the owner's events are recovered, and ids drawn here are above all of them.
 
@@ -58,9 +106,12 @@ class Sessions:
 
         def take() -> tuple[Session | None, int]:
             session = store.registry.find(key)
-            if session is None or store.is_alive(session.incarnation):
-                return session, 0
-            store.recover_lane_of(session.incarnation)
+            if session is None:
+                return None, 0
+            if not session.released:
+                if store.is_alive(session.incarnation):
+                    return session, 0
+                store.recover_lane_of(session.incarnation)
             now_us = time.time_ns() // 1000
             session = store.registry.take_over(key, session.incarnation, store.lane.incarnation, now_us)
             return session, store.highest_reserved()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logstore.mcp.memory import MemoryLog
-from logstore.mcp.scope import SessionScope, name_in_log
+from logstore.mcp.scope import SessionScope, name_in_log, request_id_of
 
 anything = st.text(st.characters(exclude_categories=[]))
 
@@ -17,8 +17,8 @@ async def test_any_stream_id_has_a_name_that_the_log_takes_and_gives_back(stream
     session = SessionScope()
     name = session.name_of(stream_id)
     await MemoryLog(1, 1, 1).append(name, b"")
-    if "/#" not in name:
-        assert session.stream_id_of(name) == stream_id
+    if "/#" not in name and stream_id != "_GET_stream":
+        assert str(request_id_of(name)) == stream_id
 
 
 @given(st.lists(anything, unique=True))
@@ -49,9 +49,26 @@ def test_a_stream_id_cannot_pretend_to_be_hashed() -> None:
 
 def test_another_session_s_stream_is_not_recognised() -> None:
     mine, other = SessionScope(), SessionScope()
-    assert mine.stream_id_of(other.name_of("1")) is None
-    assert mine.stream_id_of("1") is None
-    assert mine.stream_id_of(mine.token) is None
+    assert mine.owns(mine.name_of("1"))
+    assert not mine.owns(other.name_of("1"))
+    assert not mine.owns("1")
+    assert not mine.owns(mine.token)
+
+
+@pytest.mark.parametrize("request_id", [0, 1, -5, "1", "0", "-5", "007", "a", "", "%", "#", "%-1", "1.0", "\u0663"])
+def test_an_answer_finds_the_request_s_id_as_its_client_wrote_it(request_id: int | str) -> None:
+    found = request_id_of(SessionScope().begin(request_id))
+    assert found == request_id
+    assert type(found) is type(request_id)
+
+
+def test_a_request_id_is_told_from_the_same_one_as_text_also_when_it_is_used_again() -> None:
+    session = SessionScope()
+    assert [request_id_of(session.begin(each)) for each in (1, "1", 1)] == [1, "1", 1]
+
+
+def test_nobody_waits_for_an_answer_on_the_standalone_stream() -> None:
+    assert request_id_of(SessionScope().name_of("_GET_stream")) is None
 
 
 def test_without_a_session_an_empty_id_has_a_name_too() -> None:

@@ -60,7 +60,7 @@ def test_a_session_is_found_until_it_ends(opened: Opener) -> None:
     registry = opened()
     assert registry.find("key") is None
     session = registry.open_session("key", 7, NOW_US, b"data")
-    assert session == Session("key", 7, NOW_US, b"data")
+    assert session == Session("key", 7, NOW_US, b"data", changed_us=NOW_US)
     assert registry.find("key") == session
     registry.end_session("key", 7, NOW_US + 1)
     assert registry.find("key") is None
@@ -110,8 +110,8 @@ def test_sessions_come_oldest_first_whoever_owns_them_now(opened: Opener) -> Non
 def test_a_session_taken_over_keeps_its_age_and_data(opened: Opener) -> None:
     registry, other = opened(), opened()
     registry.open_session("key", 1, NOW_US, b"data")
-    assert other.take_over("key", 1, 2, NOW_US + 5) == Session("key", 2, NOW_US, b"data")
-    assert registry.find("key") == Session("key", 2, NOW_US, b"data")
+    assert other.take_over("key", 1, 2, NOW_US + 5) == Session("key", 2, NOW_US, b"data", changed_us=NOW_US + 5)
+    assert registry.find("key") == Session("key", 2, NOW_US, b"data", changed_us=NOW_US + 5)
 
 
 def test_of_two_that_take_a_session_over_one_wins_and_the_other_is_told(opened: Opener) -> None:

@@ -1,0 +1,185 @@
+"""The open responses of this process, by session: each can be ended from outside, as if its client had gone.
+
+The SDK gets `receive` and `send` of a `Connection` in the place of the server's. When the connection is ended the SDK
+hears that the client is gone; what it began to send is then finished here, so that the client sees a clean end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import anyio
+from starlette.types import Message, Receive, Send
+
+logger = logging.getLogger("logstore.mcp")
+
+_DISCONNECT: Final[Message] = {"type": "http.disconnect"}
+_END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": False}
+_FINISH_S: Final = 1.0
+"""What a client that does not read may hold up the end of its response."""
+
+
+class Connection:
+    """One request and its response.
+
+    Args:
+        receive: The server's.
+        send: The server's.
+
+    Attributes:
+        stream: Name in the log of the stream that the response carries, empty while it is none.
+        began_ns: Orders the connections of one machine.
+        body: What was received of the request, whole once `received` is set.
+        received: Whether the request was received whole.
+        ended: Whether somebody has ended it.
+        status: Of the response, 0 before it has begun.
+        finished: Whether the response was sent to its end.
+        on_received: Called once with the connection when the request was received whole.
+        on_start: Awaited with the first message of the response before it is sent; may change it.
+    """
+
+    __slots__ = (
+        "_again",
+        "_receive",
+        "_receiving",
+        "_send",
+        "began_ns",
+        "body",
+        "ended",
+        "finished",
+        "on_received",
+        "on_start",
+        "received",
+        "status",
+        "stream",
+    )
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._receiving: anyio.CancelScope | None = None
+        self._again = False
+        self.stream = ""
+        self.began_ns = time.time_ns()
+        self.body = b""
+        self.received = False
+        self.status = 0
+        self.finished = False
+        self.ended = False
+        self.on_received: Callable[[Connection], None] | None = None
+        self.on_start: Callable[[Message], Awaitable[None]] | None = None
+
+    async def read(self, limit: int) -> bool:
+        """Receive the request whole; the next `receive` gives it again. Return whether it is within a limit of bytes."""
+        while not self.received:
+            if (await self.receive())["type"] == "http.disconnect":
+                return False
+            if len(self.body) > limit:
+                return False
+        self._again = True
+        return True
+
+    async def receive(self) -> Message:
+        """Return what comes from the client, or that it is gone once the connection was ended."""
+        if self._again:
+            self._again = False
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        if self.ended:
+            return _DISCONNECT
+        with anyio.CancelScope() as scope:
+            self._receiving = scope
+            message = await self._receive()
+            if not self.received:
+                self._take(message)
+            return message
+        return _DISCONNECT
+
+    def _take(self, message: Message) -> None:
+        if message["type"] != "http.request":
+            return
+        chunk = message.get("body", b"")
+        self.body = self.body + chunk if self.body else chunk
+        if not message.get("more_body", False):
+            self.received = True
+            if self.on_received is not None:
+                self.on_received(self)
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the response; nothing goes out once the connection was ended."""
+        if self.ended or self.finished:
+            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.on_start is not None:
+                await self.on_start(message)
+        elif not message.get("more_body", False):
+            self.finished = True
+        await self._send(message)
+
+    def end(self) -> None:
+        """End the response soon and cleanly, wherever it is."""
+        if not self.ended:
+            self.ended = True
+            if self._receiving is not None:
+                self._receiving.cancel()
+
+    async def finish(self) -> None:
+        """See to it that a response that was begun has an end."""
+        if self.status and not self.finished:
+            self.finished = True
+            with anyio.move_on_after(_FINISH_S, shield=True):
+                try:
+                    await self._send(_END)
+                except Exception as error:
+                    # The server's own way to say that the client is gone.
+                    logger.debug("a response could not be finished: %s", error)
+
+
+class Connections:
+    """The open responses that carry streams of sessions."""
+
+    def __init__(self) -> None:
+        self._by_token: dict[str, set[Connection]] = {}
+
+    def add(self, name: str, connection: Connection) -> None:
+        """Note which stream a connection carries."""
+        connection.stream = name
+        self._by_token.setdefault(_token_of(name), set()).add(connection)
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is done."""
+        token = _token_of(connection.stream)
+        found = self._by_token.get(token)
+        if found is not None:
+            found.discard(connection)
+            if not found:
+                del self._by_token[token]
+
+    def is_open(self, token: str) -> bool:
+        """Whether a session has connections."""
+        return token in self._by_token
+
+    def end(self, name: str, older_than_ns: int) -> None:
+        """End the connections of a stream, or of all streams of a session, that began before a time.
+
+        Args:
+            name: Of the stream; the session's token and a slash for all.
+            older_than_ns: Nanoseconds since 1970.
+        """
+        whole = name.endswith("/") and name.count("/") == 1
+        for connection in list(self._by_token.get(_token_of(name), ())):
+            if connection.began_ns < older_than_ns and (whole or connection.stream == name):
+                connection.end()
+
+    def end_all(self) -> None:
+        """End every response that has begun; one that has not carries no stream yet, and may be its client's answer."""
+        for connection in [connection for found in self._by_token.values() for connection in found]:
+            if connection.status:
+                connection.end()
+
+
+def _token_of(name: str) -> str:
+    return name.partition("/")[0]

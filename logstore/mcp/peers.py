@@ -1,0 +1,304 @@
+"""The other workers: each serves its app to the others on a private unix socket.
+
+A frame is its length (4 bytes, little endian) and a msgpack array. A connection carries one command:
+
+| command | answer |
+| --- | --- |
+| `["request", scope, body]` | `["start", status, headers]`, then `["body", bytes, more]`…; or `["again"]` |
+| `["end", name, older_than_ns]` | `[true]`: the connections of that stream are being ended |
+| `["reading", token]` | whether connections of that session are open |
+| `["ping"]` | `[true]` |
+
+`again` means that the session is no longer served there, and that nothing was done: look again who serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import anyio
+import msgspec
+from starlette.types import ASGIApp, Message, Scope
+
+from logstore.mcp.connections import Connection
+
+logger = logging.getLogger("logstore.mcp")
+
+CALL_KEY: Final = "logstore.peer"
+"""Where the ASGI scope of a request that another worker passed on has its `PeerCall`; no client can put it there."""
+
+_LENGTH: Final = struct.Struct("<I")
+_MAX_FRAME_BYTES: Final = 1 << 30
+_LONGEST_PATH: Final = 100
+"""A unix socket's address has room for 108 bytes, on macOS 104."""
+_SUFFIX: Final = ".sock"
+_ASK_S: Final = 0.5
+"""What a worker that does not answer may hold up a question to all."""
+_SILENCE_S: Final = 5.0
+"""Without the beginning of a response for this long, the other worker is asked whether it lives."""
+_SCOPE_FIELDS: Final = ("method", "path", "raw_path", "query_string", "root_path", "scheme", "http_version", "headers")
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+class Outcome(enum.Enum):
+    """How it went to pass a request on."""
+
+    DONE = "answered, or the client went away"
+    AGAIN = "the session is not served there any more; nothing was done"
+    UNREACHABLE = "nobody listens there; nothing was done"
+    LOST = "the worker went away before it answered; it may have begun"
+    SILENT = "the worker has the request and does not react"
+
+
+class PeerCall:
+    """Marks a request that another worker passed on.
+
+    Attributes:
+        again: Set to send it back: look again who serves the session. What is sent then is dropped.
+    """
+
+    __slots__ = ("again",)
+
+    def __init__(self) -> None:
+        self.again = False
+
+
+class Host(Protocol):
+    """What others may ask of this worker."""
+
+    def end_connections(self, name: str, older_than_ns: int) -> None:
+        """End the connections of a stream that began before a time."""
+        ...
+
+    def is_reading(self, token: str) -> bool:
+        """Whether connections of a session are open."""
+        ...
+
+
+class Peers:
+    """This worker's socket, and the way to the others.
+
+    Args:
+        folder: Where all workers of a store have their sockets.
+        own: Name of this worker, its incarnation.
+        app: Serves what others pass on.
+        state: What the lifespan gave to requests.
+        host: Answers questions.
+    """
+
+    def __init__(self, folder: Path, own: int, app: ASGIApp, state: Any, host: Host) -> None:
+        self._folder = folder
+        self._own = own
+        self._app = app
+        self._state = state
+        self._host = host
+        self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._aside: Path | None = None
+
+    async def open(self) -> None:
+        """Listen."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        path = place = self._path_of(self._own)
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            # The link at the known place says where it is.
+            self._aside = Path(tempfile.mkdtemp(prefix="logstore-peer-"))
+            place = self._aside / "s"
+            path.symlink_to(place)
+        self._server = await asyncio.start_unix_server(self._accept, place)
+
+    async def close(self) -> None:
+        """Stop listening, and end what is being served."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        self.forget(self._own)
+
+    def others(self) -> list[int]:
+        """Return the names of the other workers whose sockets are there, of dead ones too."""
+        names = (path.stem for path in self._folder.glob(f"*{_SUFFIX}"))
+        return [int(name) for name in names if name.isdigit() and int(name) != self._own]
+
+    def forget(self, dead: int) -> None:
+        """Remove the socket of a worker that is gone."""
+        path = self._path_of(dead)
+        with contextlib.suppress(OSError):
+            place = path.readlink()
+            if place.parent.name.startswith("logstore-peer-") and place.parent.stat().st_uid == os.geteuid():
+                shutil.rmtree(place.parent, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+    def _path_of(self, worker: int) -> Path:
+        return self._folder / f"{worker}{_SUFFIX}"
+
+    async def _connect(self, worker: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        path = self._path_of(worker)
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            path = path.readlink()
+        return await asyncio.open_unix_connection(path)
+
+    # Asking.
+
+    async def tell_all(self, *command: Any) -> list[Any]:
+        """Give every other worker a command and return the answers of those that answer soon."""
+        answers = await asyncio.gather(*(self._ask(worker, _ASK_S, *command) for worker in self.others()))
+        return [answer for answer in answers if answer is not None]
+
+    async def answers(self, worker: int) -> bool:
+        """Whether another worker reacts."""
+        return await self._ask(worker, _SILENCE_S, "ping") is not None
+
+    async def _ask(self, worker: int, patience_s: float, *command: Any) -> Any:
+        with anyio.move_on_after(patience_s), contextlib.suppress(OSError, EOFError):
+            reader, writer = await self._connect(worker)
+            with contextlib.closing(writer):
+                writer.write(_frame(command))
+                return (await _read(reader))[0]
+        return None
+
+    async def forward(self, worker: int, scope: Scope, connection: Connection) -> Outcome:
+        """Pass a request on that was received whole, and its response back; never twice."""
+        try:
+            reader, writer = await self._connect(worker)
+        except OSError:
+            return Outcome.UNREACHABLE
+        outcome = Outcome.LOST
+        with contextlib.closing(writer):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_close_when_gone, connection, writer)
+                try:
+                    fields = {name: scope[name] for name in _SCOPE_FIELDS if scope.get(name) is not None}
+                    fields["client"], fields["server"] = scope.get("client"), scope.get("server")
+                    writer.write(_frame(("request", fields, connection.body)))
+                    await writer.drain()
+                    outcome = await self._relay(worker, reader, connection)
+                except (OSError, EOFError):
+                    # Whoever reads the response sees its end.
+                    pass
+                tasks.cancel_scope.cancel()
+        return outcome if not connection.status else Outcome.DONE
+
+    async def _relay(self, worker: int, reader: asyncio.StreamReader, connection: Connection) -> Outcome:
+        first = asyncio.ensure_future(_read(reader))
+        try:
+            while not (await asyncio.wait({first}, timeout=_SILENCE_S))[0]:
+                if not await self.answers(worker):
+                    return Outcome.SILENT
+        finally:
+            first.cancel()
+        kind, *rest = first.result()
+        if kind == "again":
+            return Outcome.AGAIN
+        status, headers = rest
+        await connection.send({"type": "http.response.start", "status": status, "headers": headers})
+        while not connection.finished:
+            _, body, more = await _read(reader)
+            await connection.send({"type": "http.response.body", "body": body, "more_body": more})
+        return Outcome.DONE
+
+    # Serving.
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            command, *arguments = await _read(reader)
+            if command == "request":
+                await self._serve(arguments[0], arguments[1], reader, writer)
+            elif command == "end":
+                self._host.end_connections(*arguments)
+                writer.write(_frame((True,)))
+            elif command == "reading":
+                writer.write(_frame((self._host.is_reading(*arguments),)))
+            elif command == "ping":
+                writer.write(_frame((True,)))
+            await writer.drain()
+        except (OSError, EOFError):
+            # The other worker is gone, or its client: nobody is left to tell.
+            pass
+        except asyncio.CancelledError:
+            # Closing; a task of asyncio's server must not end so.
+            pass
+        finally:
+            self._serving.discard(task)
+            writer.close()
+
+    async def _serve(
+        self, fields: dict[str, Any], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        call = PeerCall()
+        scope: Scope = {
+            **fields,
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "headers": [(bytes(name), bytes(value)) for name, value in fields["headers"]],
+            "client": fields["client"] and tuple(fields["client"]),
+            "server": fields["server"] and tuple(fields["server"]),
+            "state": dict(self._state or {}),
+            CALL_KEY: call,
+        }
+        given = False
+
+        async def receive() -> Message:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await reader.read(1)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if call.again:
+                return
+            if message["type"] == "http.response.start":
+                headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+                writer.write(_frame(("start", message["status"], headers)))
+            else:
+                writer.write(_frame(("body", bytes(message.get("body", b"")), message.get("more_body", False))))
+            with contextlib.suppress(OSError):
+                await writer.drain()
+
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            logger.exception("a request that another worker passed on failed")
+        if call.again:
+            writer.write(_frame(("again",)))
+
+
+async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter) -> None:
+    gone = False
+    while not gone:
+        gone = (await connection.receive())["type"] == "http.disconnect"
+    writer.close()
+
+
+def _frame(items: Any) -> bytes:
+    body = _encode(items)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def _read(reader: asyncio.StreamReader) -> Any:
+    """Return the next frame.
+
+    Raises:
+        EOFError: There is none.
+    """
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > _MAX_FRAME_BYTES:
+        raise EOFError(f"a frame of {length} bytes is none of ours")
+    return _decode(await reader.readexactly(length))
