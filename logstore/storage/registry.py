@@ -187,7 +187,7 @@ class Registry:
         with self._mutex, self._locked():
             self._catch_up()
             session = self._sessions.get(key)
-            if session is not None and (unchanged_since_us is None or session.changed_us <= unchanged_since_us):
+            if unchanged_since_us is None or (session is not None and session.changed_us <= unchanged_since_us):
                 self._append_locked(Entry(ENDED, key, incarnation, now_us, b""))
 
     def release(self, key: str, incarnation: int, now_us: int) -> None:

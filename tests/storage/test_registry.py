@@ -119,7 +119,7 @@ def test_of_two_that_take_a_session_over_one_wins_and_the_other_is_told(opened: 
     one.open_session("key", 1, NOW_US, b"")
     winner = one.take_over("key", 1, 2, NOW_US + 1)
     loser = two.take_over("key", 1, 3, NOW_US + 1)
-    assert winner == loser == Session("key", 2, NOW_US, b"")
+    assert winner == loser == Session("key", 2, NOW_US, b"", changed_us=NOW_US + 1)
 
 
 TAKER = """
@@ -388,7 +388,7 @@ def test_a_rewrite_keeps_owner_age_and_data(opened: Opener) -> None:
     registry.take_over("key", 1, 2, NOW_US + 1)
     for _ in range(50):
         registry.end_session("nobody", 1, NOW_US)
-    assert opened().find("key") == Session("key", 2, NOW_US, b"data")
+    assert opened().find("key") == Session("key", 2, NOW_US, b"data", changed_us=NOW_US + 1)
 
 
 @pytest.mark.usefixtures("rewritten_often")
@@ -402,7 +402,7 @@ def test_a_rewrite_that_fails_loses_nothing(tmp_path: Path, opened: Opener, kind
     disk.fail(Fault(kind, error=errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         registry.open_session("refused", 1, NOW_US, b"")
-    assert reader.find("key") == registry.find("key") == Session("key", 1, NOW_US, b"data")
+    assert reader.find("key") == registry.find("key") == Session("key", 1, NOW_US, b"data", changed_us=NOW_US)
     registry.open_session("next", 1, NOW_US, b"")
     assert [each.key for each in reader.sessions()] == ["key", "next"]
     assert {path.name for path in tmp_path.iterdir()} == {"registry.log", "registry.lock"}
@@ -425,3 +425,34 @@ def test_the_file_is_private(tmp_path: Path, opened: Opener) -> None:
     finally:
         os.umask(umask)
     assert log_of(tmp_path).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_released_session_keeps_its_owner_and_whoever_is_asked_next_takes_it_over(opened: Opener) -> None:
+    one, two = opened(), opened()
+    one.open_session("key", 1, NOW_US, b"data")
+    two.release("key", 2, NOW_US + 1)
+    assert one.find("key") == Session("key", 1, NOW_US, b"data", changed_us=NOW_US)
+    one.release("key", 1, NOW_US + 2)
+    assert two.find("key") == Session("key", 1, NOW_US, b"data", changed_us=NOW_US + 2, released=True)
+    two.take_over("key", 1, 2, NOW_US + 3)
+    assert one.find("key") == Session("key", 2, NOW_US, b"data", changed_us=NOW_US + 3)
+
+
+@pytest.mark.usefixtures("rewritten_often")
+def test_a_rewrite_keeps_that_a_session_is_released_and_since_when(opened: Opener) -> None:
+    registry = opened()
+    registry.open_session("key", 1, NOW_US, b"data")
+    registry.release("key", 1, NOW_US + 1)
+    for _ in range(50):
+        registry.end_session("nobody", 1, NOW_US)
+    assert opened().find("key") == Session("key", 1, NOW_US, b"data", changed_us=NOW_US + 1, released=True)
+
+
+def test_a_session_is_ended_for_its_age_only_when_nobody_has_used_it_since(opened: Opener) -> None:
+    registry = opened()
+    registry.open_session("key", 1, NOW_US, b"")
+    registry.take_over("key", 1, 1, NOW_US + 2)
+    registry.end_session("key", 2, NOW_US + 3, unchanged_since_us=NOW_US + 1)
+    assert registry.find("key") is not None
+    registry.end_session("key", 2, NOW_US + 3, unchanged_since_us=NOW_US + 2)
+    assert registry.find("key") is None
