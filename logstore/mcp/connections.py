@@ -18,6 +18,11 @@ logger = logging.getLogger("logstore.mcp")
 
 _DISCONNECT: Final[Message] = {"type": "http.disconnect"}
 _END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": False}
+_EMPTY_STREAM: Final[Message] = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")],
+}
 _FINISH_S: Final = 1.0
 """What a client that does not read may hold up the end of its response."""
 
@@ -73,14 +78,17 @@ class Connection:
         self.on_start: Callable[[Message], Awaitable[None]] | None = None
 
     async def read(self, limit: int) -> bool:
-        """Receive the request whole; the next `receive` gives it again. Return whether it is within a limit of bytes."""
+        """Receive the request whole, if it is within a limit of bytes; return whether it is."""
         while not self.received:
             if (await self.receive())["type"] == "http.disconnect":
                 return False
             if len(self.body) > limit:
                 return False
-        self._again = True
         return True
+
+    def rewind(self) -> None:
+        """Let the next `receive` give the whole request again."""
+        self._again = self.received
 
     async def receive(self) -> Message:
         """Return what comes from the client, or that it is gone once the connection was ended."""
@@ -127,11 +135,13 @@ class Connection:
                 self._receiving.cancel()
 
     async def finish(self) -> None:
-        """See to it that a response that was begun has an end."""
-        if self.status and not self.finished:
+        """See to it that a response has an end that was begun, or ended before it began."""
+        if not self.finished and (self.status or self.ended):
             self.finished = True
             with anyio.move_on_after(_FINISH_S, shield=True):
                 try:
+                    if not self.status:
+                        await self._send(_EMPTY_STREAM)
                     await self._send(_END)
                 except Exception as error:
                     # The server's own way to say that the client is gone.
@@ -171,7 +181,9 @@ class Connections:
         """
         whole = name.endswith("/") and name.count("/") == 1
         for connection in list(self._by_token.get(_token_of(name), ())):
-            if connection.began_ns < older_than_ns and (whole or connection.stream == name):
+            # A request that nothing was answered to cannot be resumed either; another one had its id before.
+            unanswered = connection.body and not connection.status
+            if connection.began_ns < older_than_ns and (whole or connection.stream == name) and not unanswered:
                 connection.end()
 
     def end_all(self) -> None:

@@ -11,7 +11,8 @@ from starlette.applications import Starlette
 
 from logstore.errors import ConfigurationError
 from logstore.mcp.base import LogEventStore
-from logstore.mcp.layer import LayerOptions, ResumeLayer
+from logstore.mcp.custody import LayerOptions
+from logstore.mcp.layer import ResumeLayer
 from logstore.mcp.scoped_store import ScopedEventStore
 
 _STATELESS: Final = "stateless mode cannot resume: the SDK gives a stateless transport no event store"

@@ -132,6 +132,10 @@ class Peers:
         names = (path.stem for path in self._folder.glob(f"*{_SUFFIX}"))
         return [int(name) for name in names if name.isdigit() and int(name) != self._own]
 
+    def is_listed(self, worker: int) -> bool:
+        """Whether a worker's socket is there."""
+        return os.path.lexists(self._path_of(worker))
+
     def forget(self, dead: int) -> None:
         """Remove the socket of a worker that is gone."""
         path = self._path_of(dead)
@@ -258,7 +262,8 @@ class Peers:
             if not given:
                 given = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await reader.read(1)
+            with contextlib.suppress(OSError):
+                await reader.read(1)
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:

@@ -263,8 +263,8 @@ async def test_the_end_of_a_session_ends_its_readers_and_nothing_of_it_stays_in_
                 assert await resumed.rest() == []
         async with client.resume(primed.id) as stream:
             assert stream.response.status_code == 404
-    assert not layer._live
-    assert not layer._connections._by_token
+    assert not layer.custody.live
+    assert not layer.connections._by_token
 
 
 class Tokens(TokenVerifier):
