@@ -23,6 +23,7 @@ _EMPTY_STREAM: Final[Message] = {
     "status": 200,
     "headers": [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")],
 }
+_ID: Final = b"id: "
 _FINISH_S: Final = 1.0
 """What a client that does not read may hold up the end of its response."""
 
@@ -41,6 +42,7 @@ class Connection:
         received: Whether the request was received whole.
         ended: Whether somebody has ended it.
         status: Of the response, 0 before it has begun.
+        resumable: Whether an event id went out, so that the client can come back.
         finished: Whether the response was sent to its end.
         on_received: Called once with the connection when the request was received whole.
         on_start: Awaited with the first message of the response before it is sent; may change it.
@@ -48,6 +50,7 @@ class Connection:
 
     __slots__ = (
         "_again",
+        "_ending",
         "_receive",
         "_receiving",
         "_send",
@@ -58,6 +61,7 @@ class Connection:
         "on_received",
         "on_start",
         "received",
+        "resumable",
         "status",
         "stream",
     )
@@ -67,11 +71,13 @@ class Connection:
         self._send = send
         self._receiving: anyio.CancelScope | None = None
         self._again = False
+        self._ending = False
         self.stream = ""
         self.began_ns = time.time_ns()
         self.body = b""
         self.received = False
         self.status = 0
+        self.resumable = False
         self.finished = False
         self.ended = False
         self.on_received: Callable[[Connection], None] | None = None
@@ -126,22 +132,36 @@ class Connection:
         elif not message.get("more_body", False):
             self.finished = True
         await self._send(message)
+        if not self.resumable and _ID in message.get("body", b""):
+            self.resumable = True
+            if self._ending:
+                self.end()
 
     def end(self) -> None:
-        """End the response soon and cleanly, wherever it is."""
-        if not self.ended:
+        """End the response soon and cleanly, wherever it is.
+
+        The response to a request not before an id went out on it: its client could not come back for the rest.
+        """
+        self._ending = True
+        if not self.ended and (self.resumable or not self.body):
             self.ended = True
             if self._receiving is not None:
                 self._receiving.cancel()
 
-    async def finish(self) -> None:
-        """See to it that a response has an end that was begun, or ended before it began."""
+    async def finish(self, last: bytes = b"") -> None:
+        """See to it that a response has an end that was begun, or ended before it began.
+
+        Args:
+            last: What to send before the end, if no event id went out.
+        """
         if not self.finished and (self.status or self.ended):
             self.finished = True
             with anyio.move_on_after(_FINISH_S, shield=True):
                 try:
                     if not self.status:
                         await self._send(_EMPTY_STREAM)
+                    if last and not self.resumable:
+                        await self._send({"type": "http.response.body", "body": last, "more_body": True})
                     await self._send(_END)
                 except Exception as error:
                     # The server's own way to say that the client is gone.
@@ -181,16 +201,13 @@ class Connections:
         """
         whole = name.endswith("/") and name.count("/") == 1
         for connection in list(self._by_token.get(_token_of(name), ())):
-            # A request that nothing was answered to cannot be resumed either; another one had its id before.
-            unanswered = connection.body and not connection.status
-            if connection.began_ns < older_than_ns and (whole or connection.stream == name) and not unanswered:
+            if connection.began_ns < older_than_ns and (whole or connection.stream == name):
                 connection.end()
 
     def end_all(self) -> None:
-        """End every response that has begun; one that has not carries no stream yet, and may be its client's answer."""
+        """End everything."""
         for connection in [connection for found in self._by_token.values() for connection in found]:
-            if connection.status:
-                connection.end()
+            connection.end()
 
 
 def _token_of(name: str) -> str:

@@ -83,9 +83,9 @@ class LiveSession:
         self.used_s = self.touched_s = time.monotonic()
 
     @property
-    def is_open(self) -> bool:
-        """Whether the SDK has it."""
-        return self.sdk_id is not None
+    def waits_for_sdk(self) -> bool:
+        """Whether it is served here, and the SDK does not have it."""
+        return self.sdk_id is None and not self.scope.closed
 
     def may_use(self, scope: Scope) -> bool:
         """Whether the sender of a request is the client that opened the session."""
@@ -180,11 +180,10 @@ class Custody:
             live: The session.
             scope: Of the request on whose behalf it is done.
         """
-        if live.is_open:
+        if live.sdk_id is not None:
             return None
         async with self._lock(live.key):
-            # Another request may have opened it, or it may have gone, since.
-            if live.is_open or live.scope.closed:
+            if not live.waits_for_sdk:
                 return None
             opened = await open_inside(self._app, live.scope, live.initialize, scope)
             if opened.status >= 400 or opened.session_id is None:

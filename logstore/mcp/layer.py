@@ -165,6 +165,9 @@ class ResumeLayer:
             await self.app(scope, connection.receive, connection.send)
         finally:
             current_session.reset(token)
+            if (primed := session.primed.pop(connection.stream, None)) is not None:
+                # The SDK ended it, with the server, before the client had an id to come back with.
+                await connection.finish(b"id: %b\r\ndata: \r\n\r\n" % primed.encode())
             if connection.status >= 400 or not connection.status:
                 # It was refused; nothing runs.
                 session.running.discard(connection.stream)
@@ -441,8 +444,7 @@ class ResumeLayer:
         """End streams cleanly: the server waits for them before it stops."""
         self.connections.end_all()
         for connection in self._passing:
-            if connection.status:
-                connection.end()
+            connection.end()
 
     # Answering.
 

@@ -40,7 +40,10 @@ _LENGTH: Final = struct.Struct("<I")
 _MAX_FRAME_BYTES: Final = 1 << 30
 _LONGEST_PATH: Final = 100
 """A unix socket's address has room for 108 bytes, on macOS 104."""
+_OPEN_FILES: Final = Path("/proc/self/fd")
+"""Linux: an open folder has a short path here."""
 _SUFFIX: Final = ".sock"
+_ASIDE: Final = "logstore-peer-"
 _ASK_S: Final = 0.5
 """What a worker that does not answer may hold up a question to all."""
 _SILENCE_S: Final = 5.0
@@ -105,16 +108,16 @@ class Peers:
         self._host = host
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[None]] = set()
-        self._aside: Path | None = None
+        self._fd = -1
 
     async def open(self) -> None:
         """Listen."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        path = place = self._path_of(self._own)
-        if len(os.fsencode(path)) > _LONGEST_PATH:
+        path = self._path_of(self._own)
+        place = self._address_of(self._own)
+        if place is None:
             # The link at the known place says where it is.
-            self._aside = Path(tempfile.mkdtemp(prefix="logstore-peer-"))
-            place = self._aside / "s"
+            place = Path(tempfile.mkdtemp(prefix=_ASIDE)) / "s"
             path.symlink_to(place)
         self._server = await asyncio.start_unix_server(self._accept, place)
 
@@ -126,6 +129,9 @@ class Peers:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         self.forget(self._own)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def others(self) -> list[int]:
         """Return the names of the other workers whose sockets are there, of dead ones too."""
@@ -141,18 +147,27 @@ class Peers:
         path = self._path_of(dead)
         with contextlib.suppress(OSError):
             place = path.readlink()
-            if place.parent.name.startswith("logstore-peer-") and place.parent.stat().st_uid == os.geteuid():
+            if place.parent.name.startswith(_ASIDE) and place.parent.stat().st_uid == os.geteuid():
                 shutil.rmtree(place.parent, ignore_errors=True)
         path.unlink(missing_ok=True)
 
     def _path_of(self, worker: int) -> Path:
         return self._folder / f"{worker}{_SUFFIX}"
 
-    async def _connect(self, worker: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    def _address_of(self, worker: int) -> Path | None:
+        """Return a path to a worker's socket that is short enough for an address, None when there is none."""
         path = self._path_of(worker)
-        if len(os.fsencode(path)) > _LONGEST_PATH:
-            path = path.readlink()
-        return await asyncio.open_unix_connection(path)
+        if len(os.fsencode(path)) <= _LONGEST_PATH:
+            return path
+        if not _OPEN_FILES.exists():
+            return None
+        if self._fd < 0:
+            self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        return _OPEN_FILES / str(self._fd) / path.name
+
+    async def _connect(self, worker: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        address = self._address_of(worker)
+        return await asyncio.open_unix_connection(address or self._path_of(worker).readlink())
 
     # Asking.
 

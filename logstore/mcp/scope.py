@@ -33,16 +33,18 @@ class SessionScope:
     Attributes:
         token: What its stream names begin with; 32 hexadecimal digits.
         running: Names of the streams of requests that wait for their answer.
+        primed: Ids of the priming events of streams whose first response has not ended, by name.
         unrecorded: The one stream id that is not stored: of the request by which a session is revived.
         closed: Whether nothing is stored for it any more: another process may serve it now.
     """
 
-    __slots__ = ("_text_ids", "closed", "prefix", "running", "token", "unrecorded")
+    __slots__ = ("_text_ids", "closed", "prefix", "primed", "running", "token", "unrecorded")
 
     def __init__(self, token: str | None = None) -> None:
         self.token = token or secrets.token_hex(_TOKEN_BYTES)
         self.prefix = f"{self.token}/"
         self.running: set[str] = set()
+        self.primed: dict[str, str] = {}
         self.unrecorded: str | None = None
         self.closed = False
         self._text_ids: set[str] = set()

@@ -48,7 +48,9 @@ class ScopedEventStore(EventStore):
         except Exception:
             logger.exception("an event of stream %r was sent without being stored", stream_id[:80])
             event_id = ""
-        if isinstance(message, JSONRPCResponse | JSONRPCError):
+        if message is None:
+            session.primed[name] = event_id
+        elif isinstance(message, JSONRPCResponse | JSONRPCError):
             session.running.discard(name)
         return event_id
 

@@ -1,0 +1,227 @@
+"""The sockets between workers: where they are, and what is on them."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from logstore.mcp import peers
+from logstore.mcp.connections import Connection
+from logstore.mcp.peers import CALL_KEY, Outcome, Peers
+from tests.mcp.serving import DEADLINE_S
+
+
+class Host:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, int]] = []
+
+    def end_connections(self, name: str, older_than_ns: int) -> None:
+        self.ended.append((name, older_than_ns))
+
+    def is_reading(self, token: str) -> bool:
+        return token == "read"
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with what was asked, or not at all."""
+    body = (await receive())["body"]
+    if body == b"again":
+        scope[CALL_KEY].again = True
+    await send({"type": "http.response.start", "status": 201, "headers": scope["headers"]})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if body == b"fail":
+        raise RuntimeError("on purpose")
+    if body == b"hang":
+        assert (await receive())["type"] == "http.disconnect"
+        scope["state"]["gone"].set()
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Client:
+    """The server's side of a request: what was sent to it, and when it goes away."""
+
+    def __init__(self, body: bytes) -> None:
+        self.sent: list[Message] = []
+        self.gone = asyncio.Event()
+        self.began = asyncio.Event()
+        self._messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive(self) -> Message:
+        if self._messages:
+            return self._messages.pop()
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.began.set()
+
+
+SCOPE: Scope = {"type": "http", "method": "POST", "path": "/mcp", "headers": [(b"x", b"\xff")], "client": ("::1", 5)}
+
+
+async def forward(one: Peers, worker: int, body: bytes) -> tuple[Outcome, Client]:
+    client = Client(body)
+    connection = Connection(client.receive, client.send)
+    assert await connection.read(1000)
+    return await one.forward(worker, SCOPE, connection), client
+
+
+@asynccontextmanager
+async def opened(folder: Path, own: int, host: Host, state: Any = None) -> AsyncIterator[Peers]:
+    """Open the socket of one worker."""
+    worker = Peers(folder, own, echo, state, host)
+    await worker.open()
+    try:
+        yield worker
+    finally:
+        await worker.close()
+
+
+@pytest.fixture
+def aside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files with a short path."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture(params=["short", "long", "long, without /proc"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, aside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose path an address has room for, or not."""
+    if "without" in request.param:
+        monkeypatch.setattr(peers, "_OPEN_FILES", tmp_path / "nowhere")
+    if request.param == "short":
+        monkeypatch.chdir(tmp_path)
+        return Path("peers")
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    return long / "peers"
+
+
+async def test_a_request_and_its_response_pass_wherever_the_store_is(folder: Path, aside: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S), opened(folder, 1, Host()) as one, opened(folder, 2, Host()):
+        outcome, client = await forward(one, 2, b"hello")
+        assert outcome is Outcome.DONE
+        assert client.sent[0] == {"type": "http.response.start", "status": 201, "headers": [[b"x", b"\xff"]]}
+        assert b"".join(message["body"] for message in client.sent[1:]) == b"hello"
+        assert not client.sent[-1]["more_body"]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert one.others() == [2]
+    assert list(folder.iterdir()) == []
+    assert list(aside.iterdir()) == []
+
+
+async def test_a_request_that_comes_back_was_not_answered(tmp_path: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one, opened(tmp_path, 2, Host()):
+        outcome, client = await forward(one, 2, b"again")
+    assert outcome is Outcome.AGAIN
+    assert client.sent == []
+
+
+async def test_without_a_listener_nothing_was_done(tmp_path: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.UNREACHABLE
+
+
+async def test_a_response_that_breaks_off_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one, opened(tmp_path, 2, Host()):
+        outcome, client = await forward(one, 2, b"fail")
+    assert outcome is Outcome.DONE
+    assert [message.get("body") for message in client.sent] == [None, b"fail"]
+    assert "on purpose" in caplog.text
+
+
+async def test_a_worker_that_goes_away_before_it_answers_may_have_begun(tmp_path: Path) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        server = await asyncio.start_unix_server(hang_up, str(tmp_path / "2.sock"))
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.LOST
+        server.close()
+
+
+async def test_a_worker_that_does_not_react_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_SILENCE_S", 0.05)
+    stuck: list[asyncio.StreamWriter] = []
+
+    async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stuck.append(writer)
+
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        server = await asyncio.start_unix_server(ignore, str(tmp_path / "2.sock"))
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.SILENT
+        server.close()
+        for writer in stuck:
+            writer.close()
+
+
+async def test_a_slow_worker_that_lives_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_SILENCE_S", 0.05)
+    asked = asyncio.Event()
+
+    class Asking(Peers):
+        async def answers(self, worker: int) -> bool:
+            answer = await super().answers(worker)
+            asked.set()
+            return answer
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asked.wait()
+        await echo(scope, receive, send)
+
+    async with asyncio.timeout(DEADLINE_S):
+        one, two = Asking(tmp_path, 1, slow, None, Host()), Peers(tmp_path, 2, slow, None, Host())
+        await one.open()
+        await two.open()
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.DONE
+        await one.close()
+        await two.close()
+
+
+async def test_a_client_that_goes_away_is_gone_for_the_other_worker_too(tmp_path: Path) -> None:
+    gone = asyncio.Event()
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        opened(tmp_path, 1, Host()) as one,
+        opened(tmp_path, 2, Host(), {"gone": gone}),
+    ):
+        client = Client(b"hang")
+        connection = Connection(client.receive, client.send)
+        assert await connection.read(1000)
+        forwarding = asyncio.create_task(one.forward(2, SCOPE, connection))
+        await client.began.wait()
+        client.gone.set()
+        await gone.wait()
+        assert await forwarding is Outcome.DONE
+
+
+async def test_all_others_are_told_and_asked(tmp_path: Path) -> None:
+    hosts = [Host(), Host(), Host()]
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        opened(tmp_path, 1, hosts[0]) as one,
+        opened(tmp_path, 2, hosts[1]),
+        opened(tmp_path, 3, hosts[2]),
+    ):
+        (tmp_path / "4.sock").touch()
+        assert await one.tell_all("end", "token/1", 7) == [True, True]
+        assert await one.tell_all("reading", "read") == [True, True]
+        assert await one.tell_all("reading", "other") == [False, False]
+        assert await one.answers(2)
+        assert not await one.answers(4)
+        one.forget(4)
+        assert sorted(one.others()) == [2, 3]
+    assert [host.ended for host in hosts] == [[], [("token/1", 7)], [("token/1", 7)]]
