@@ -45,6 +45,18 @@ def lost(request_id: RequestId | None) -> Response:
     return refusal(502 if request_id is None else 200, _CALL_LOST, CALL_LOST, request_id)
 
 
+def lost_message(request_id: RequestId | None) -> bytes:
+    """Return the same on a stream that has begun."""
+    return as_sse(_error(request_id, CALL_LOST, _CALL_LOST))
+
+
+def as_sse(payload: bytes, event_id: int | None = None) -> bytes:
+    """Return a message, JSON in one line, as it goes over a stream."""
+    if event_id is None:
+        return b"event: message\r\ndata: %b\r\n\r\n" % payload
+    return b"id: %d\r\nevent: message\r\ndata: %b\r\n\r\n" % (event_id, payload)
+
+
 def lost_event(name: str) -> tuple[str, bytes, int]:
     """Return the event that ends the stream of a request whose server process is gone, for `append_many`."""
     payload = _error(request_id_of(name), CALL_LOST, _CALL_LOST)
@@ -52,8 +64,8 @@ def lost_event(name: str) -> tuple[str, bytes, int]:
 
 
 def gap(name: str) -> bytes:
-    """Return the message that ends a resume of a request's stream that has a hole."""
-    return _error(request_id_of(name), INVALID_REQUEST, _GAP)
+    """Return what ends a resumed stream of a request that has a hole."""
+    return as_sse(_error(request_id_of(name), INVALID_REQUEST, _GAP))
 
 
 def _error(request_id: RequestId | None, code: int, reason: str) -> bytes:

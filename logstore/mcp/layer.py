@@ -279,7 +279,10 @@ class ResumeLayer:
             self._passing.discard(connection)
         if outcome is Outcome.SILENT:
             await _send(answers.unavailable(_SILENT, _request_id(connection)), connection)
-        if outcome is Outcome.LOST and scope["method"] == "POST":
+        if outcome is Outcome.LOST and connection.status:
+            # A response to a request on which no id went out cannot be resumed: its end is the only place for this.
+            await connection.finish(answers.lost_message(_request_id(connection)) if connection.body else b"")
+        elif outcome is Outcome.LOST and scope["method"] == "POST":
             await _send(answers.lost(_request_id(connection)), connection)
         return outcome
 

@@ -22,6 +22,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -60,7 +61,7 @@ class Outcome(enum.Enum):
     DONE = "answered, or the client went away"
     AGAIN = "the session is not served there any more; nothing was done"
     UNREACHABLE = "nobody listens there; nothing was done"
-    LOST = "the worker went away before it answered; it may have begun"
+    LOST = "the worker, or the client, went away before the end of the answer; the request may have begun"
     SILENT = "the worker has the request and does not react"
 
 
@@ -208,7 +209,7 @@ class Peers:
                     # Whoever reads the response sees its end.
                     pass
                 tasks.cancel_scope.cancel()
-        return outcome if not connection.status else Outcome.DONE
+        return outcome
 
     async def _relay(self, worker: int, reader: asyncio.StreamReader, connection: Connection) -> Outcome:
         first = asyncio.ensure_future(_read(reader))
@@ -221,10 +222,14 @@ class Peers:
         kind, *rest = first.result()
         if kind == "again":
             return Outcome.AGAIN
-        status, headers = rest
-        await connection.send({"type": "http.response.start", "status": status, "headers": headers})
-        while not connection.finished:
+        start: Message = {"type": "http.response.start", "status": rest[0], "headers": rest[1]}
+        if _is_stream(rest[1]):
+            await connection.send(start)
+        while not (connection.finished or connection.ended):
             _, body, more = await _read(reader)
+            if not connection.status:
+                # Anything but a stream comes at once, or not at all; then nothing of it has gone out.
+                await connection.send(start)
             await connection.send({"type": "http.response.body", "body": body, "more_body": more})
         return Outcome.DONE
 
@@ -305,6 +310,10 @@ async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter)
     while not gone:
         gone = (await connection.receive())["type"] == "http.disconnect"
     writer.close()
+
+
+def _is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
 
 
 def _frame(items: Any) -> bytes:

@@ -81,7 +81,7 @@ class Resumption:
         except (GapError, DamageError) as problem:
             logger.warning("a resumed stream has a gap: %s", problem)
             if not is_standalone(self.stream):
-                yield _message(answers.gap(self.stream))
+                yield answers.gap(self.stream)
 
     async def answer(self, connection: Connection, session_id: str, retry_ms: int | None) -> None:
         """Send the response."""
@@ -100,7 +100,7 @@ class _Broken(Resumption):
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the error that ends it."""
-        yield _message(answers.gap(self.stream))
+        yield answers.gap(self.stream)
 
 
 async def _first_page(log: EventLog, stream: str, last_event_id: str) -> list[Event]:
@@ -136,7 +136,7 @@ def _as_sse(event: Event) -> bytes:
     # What was not stored by the SDK may be laid out in lines, which would end the field.
     if event.flags & (FLAG_MODEL | FLAG_IMPORTED) != FLAG_MODEL or any(end in payload for end in _LINE_ENDS):
         payload = _encoded_again(event)
-    return b"id: %d\r\n%b" % (event.id, _message(payload))
+    return answers.as_sse(payload, event.id)
 
 
 def _encoded_again(event: Event) -> bytes:
@@ -144,10 +144,6 @@ def _encoded_again(event: Event) -> bytes:
     if isinstance(message, dict):
         return msgspec.json.encode(message)
     return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
-
-
-def _message(payload: bytes) -> bytes:
-    return b"event: message\r\ndata: %b\r\n\r\n" % payload
 
 
 async def _close(events: AsyncIterator[Event]) -> None:
