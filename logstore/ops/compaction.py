@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from logstore.errors import DamageError, StoreLockedError, WriteFailedError
+from logstore.errors import DamageError, FormatVersionError, StoreLockedError, WriteFailedError
 from logstore.ops.access import open_existing
 from logstore.ops.progress import Progress, silent
 from logstore.ops.retention import Dropped, drop, planned
@@ -38,6 +38,7 @@ _MOST_SMALL: Final = 2_000
 _KEPT_SMALL: Final = 1_000
 _JOINED_FILES: Final = 4
 """Small files of one stream that are worth to be written as one."""
+_MOST_TWICE_BYTES: Final = 64 * MIB
 _RAGGED: Final = "ragged"
 _GROWN_RUNS: Final = 16
 _GROWN_BYTES: Final = 1 * MIB
@@ -155,7 +156,10 @@ def _pass(store: OpenStore, retention: Retention, now_us: int, segment_bytes: in
     rewriter = Rewriter(store, inode, segment_bytes)
     with contextlib.closing(connect(store.catalogue.path, write=False)) as reader:
         _choose(reader, ragged, segment_bytes)
-        rewriter.move(_runs_to_move(reader, progress))
+        runs = _runs_to_move(reader, progress)
+        # What is moved is there twice until its old place is removed.
+        while rewriter.move(runs, _MOST_TWICE_BYTES):
+            swept.append(sweep(store, inode, ragged, progress))
     if rewriter.segments or ragged:
         swept.append(sweep(store, inode, ragged, progress))
     return _result(dropped, rewriter, swept)
@@ -198,7 +202,7 @@ def _close_abandoned(store: OpenStore, inode: int) -> set[int]:
     for segment_id, size in rows:
         try:
             digest = _end_of_abandoned(store, segment_id, size)
-        except (DamageError, OSError) as error:
+        except (DamageError, FormatVersionError, OSError) as error:
             # For verify to report, and for repair to mend; what is well is compacted all the same.
             logger.error("segment %d stays as it is: %s", segment_id, error)
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
+from typing import Final
 
 from logstore.storage.catalogue import connect
 from logstore.storage.files import Disk
@@ -17,6 +18,8 @@ from logstore.storage.origin import split_origin
 from logstore.storage.record import FLAG_IMPORTED, Event, decode_frame, decode_stamp, salvage_frames
 from logstore.storage.segment import segment_numbers, segment_path
 
+BEFORE: Final = "(before)"
+"""The source under which it is noted that an event's predecessor was not imported: its absence is no damage."""
 Origin = tuple[str, str]
 """Source and source id of an event; see `logstore.storage.origin`."""
 

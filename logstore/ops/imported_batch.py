@@ -15,7 +15,7 @@ from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
 from logstore.ops.foreign_databases import ForeignEvent
-from logstore.ops.import_notes import Origin, note_origins, origin_of, remake_imports
+from logstore.ops.import_notes import BEFORE, Origin, note_origins, origin_of, remake_imports
 from logstore.ops.import_sources import Found, LeftOut
 from logstore.storage.catalogue import connect
 from logstore.storage.files import Disk
@@ -223,12 +223,28 @@ class BatchWriter:
         runs = [
             Run(name, ids := sorted(found), [found[event_id] for event_id in ids]) for name, found in frames.items()
         ]
+        self._note_beginnings(written)
         self._store.segments.write(runs, [], time.time_ns() // 1000)
         result.added += len(written)
 
+    def _note_beginnings(self, written: list[_Taken]) -> None:
+        """Note the events whose predecessors are nowhere: what retention dropped, or an export left out."""
+        here = {each.event.id for each in written}
+        prevs = {each.event.prev for each in written} - here - {0}
+        prevs -= self._store.catalogue.indexed(sorted(prevs)).keys()
+        rows = [
+            (BEFORE, str(each.event.prev), each.event.id)
+            for each in written
+            if each.event.prev in prevs and self._journals.stream_of(each.event.prev) is None
+        ]
+        if rows:
+            note_origins(self._database, rows)
+
     def _notes_are_lost(self) -> bool:
         """Whether the table has no row though the store has events: the catalogue may have been made again."""
-        (noted,) = self._database.execute("SELECT EXISTS (SELECT 1 FROM imports)").fetchone()
+        (noted,) = self._database.execute(
+            "SELECT EXISTS (SELECT 1 FROM imports WHERE source != ?)", (BEFORE,)
+        ).fetchone()
         return not noted and self._store.catalogue.last_id() > 0
 
     # Comparing.

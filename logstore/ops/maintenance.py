@@ -69,7 +69,11 @@ def run_round(store: OpenStore, tasks: Tasks) -> dict[str, Any]:
     if tasks.backups is not None:
         target = FolderTarget(tasks.backups, store.disk)
         results["backup"] = _attempt(store, "backup", lambda: _back_up(store, target, tasks.backup_interval_s))
-        results["rotation"] = _attempt(store, "rotation", lambda: _rotate(target, tasks.backup_retention_days))
+        if "path" in results["backup"]:
+            results["rotation"] = _attempt(store, "rotation", lambda: _rotate(target, tasks.backup_retention_days))
+        else:
+            # It keeps everybody else out of the folder.
+            results["rotation"] = {"skipped": "after the next backup"}
     return results
 
 

@@ -57,7 +57,8 @@ class EventStoreManager:
     def create_backup(self) -> str:
         """Back the store up as it is now, and return the path of the backup, for `restore_from_backup`.
 
-        On return the backup is on disk and verified. It copies only what earlier backups do not have.
+        On return the backup is on disk, and what it copied is verified. It copies only what earlier backups do not
+        have; `validate_database` reads all of them.
 
         Raises:
             NotAStoreError: There is no store.

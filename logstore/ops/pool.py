@@ -26,6 +26,8 @@ _TEMPORARY: Final = ".tmp"
 _LOCK: Final = "pool.lock"
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 30.0
+_SHORT_PATIENCE_S: Final = 1.0
+"""Rotation can wait for another day."""
 
 
 class Target(Protocol):
@@ -223,18 +225,20 @@ class FolderTarget:
     def removing(self) -> Generator[None]:
         """Hold the lock alone."""
         self._disk.make_folder(self.folder)
-        with wait_for_lock(self._disk, self.folder / _LOCK, shared=False):
+        with wait_for_lock(self._disk, self.folder / _LOCK, shared=False, patience_s=_SHORT_PATIENCE_S):
             yield
 
 
-def wait_for_lock(disk: Disk, path: Path, *, shared: bool, create: bool = True) -> Lock:
+def wait_for_lock(
+    disk: Disk, path: Path, *, shared: bool, create: bool = True, patience_s: float = _PATIENCE_S
+) -> Lock:
     """Return a lock when whoever is in the way lets go.
 
     Raises:
-        StoreLockedError: They do not within half a minute.
+        StoreLockedError: They do not in time.
         FileNotFoundError: There is no such file, and none may be made.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while (lock := disk.lock(path, shared=shared, create=create)) is None:
         if time.monotonic() > deadline:
             pids = lock_holders(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -15,7 +16,7 @@ from logstore.ops.verify_losses import Losses, iso_moment, lost_runs, record_los
 from logstore.ops.verify_report import Finding
 from logstore.ops.verify_segments import check_segment
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
-from logstore.storage.files import lock_holders
+from logstore.storage.files import Disk, lock_holders
 from logstore.storage.header import HEADER_BYTES, frame_seed
 from logstore.storage.ids import lane_of
 from logstore.storage.lane import Marks
@@ -24,6 +25,7 @@ from logstore.storage.record import Stamp, decode_stamp, salvage_frames
 from logstore.storage.segment import UNPUBLISHED, SegmentWriter, segment_path
 
 _WRITE_BYTES: Final = 1 << 20
+_PAGE_BYTES: Final = 4096
 
 
 class Mended(NamedTuple):
@@ -122,10 +124,26 @@ def _refuse_while_written(store: OpenStore, number: int) -> None:
 
 
 def _bytes_left(store: OpenStore, path: Path) -> bytes:
+    """Return what can be read of a file, with zeros in the place of what the disk does not give."""
     try:
         return read_whole(store.disk, path)
     except FileNotFoundError:
         return b""
+    except OSError:
+        return b"".join(_pages(store.disk, path))
+
+
+def _pages(disk: Disk, path: Path) -> Iterator[bytes]:
+    fd = disk.open(path)
+    try:
+        size = disk.size(fd)
+        for offset in range(0, size, _PAGE_BYTES):
+            try:
+                yield disk.read(fd, _PAGE_BYTES, offset)
+            except OSError:
+                yield bytes(min(_PAGE_BYTES, size - offset))
+    finally:
+        disk.close(fd)
 
 
 def _keep_aside(store: OpenStore, path: Path, data: bytes) -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from logstore.errors import IndexReplacedError
@@ -129,14 +129,23 @@ class Rewriter:
         self.bytes = 0
         self.damaged: set[int] = set()
 
-    def move(self, runs: Iterable[Moving]) -> None:
+    def move(self, runs: Iterator[Moving], most_bytes: int) -> bool:
         """Move runs, which come by stream and in order; on return the index points to their new places.
+
+        Args:
+            runs: What to move.
+            most_bytes: Stop when so much was moved.
+
+        Returns:
+            Whether there may be more.
 
         Raises:
             IndexReplacedError: The index was made again meanwhile.
             OSError, sqlite3.Error: The disk or the catalogue refused; what is not moved is where it was.
         """
         output: _Output | None = None
+        before = self.bytes
+        more = False
         try:
             for run in runs:
                 extent = run.extent
@@ -153,12 +162,16 @@ class Rewriter:
                     writer = self._store.segments.new_segment(time.time_ns() // 1000, UNPUBLISHED)
                     output = _Output(writer, own_stream)
                 output.append(extent, *events)
+                if self.bytes - before + output.end >= most_bytes:
+                    more = True
+                    break
             if output is not None:
                 self._finish(output)
         except BaseException:
             if output is not None:
                 output.writer.discard()
             raise
+        return more
 
     def _is_full(self, output: _Output) -> bool:
         return output.end >= self._segment_bytes or output.events >= _MOST_EVENTS

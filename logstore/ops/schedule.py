@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 import time
 from typing import Final
@@ -73,6 +74,19 @@ class Schedule:
             self.rounds += 1
 
     def _round(self, store: OpenStore) -> None:
+        """Do what is due, unless another process is at it or has just been."""
+        path = store.root / "maintenance.lock"
+        lock = store.disk.lock(path)
+        if lock is None:
+            return
+        with lock:
+            # Also when the clock stepped back.
+            if 0 <= time.time() - path.stat().st_mtime < self._interval_s / 2 and self.rounds:
+                return
+            self._work(store)
+            os.utime(path)
+
+    def _work(self, store: OpenStore) -> None:
         try:
             store.seal_idle_segments(time.time_ns() // 1000 - int(_IDLE_SEGMENT_S * 1_000_000))
             self._scrub(store)
@@ -81,8 +95,6 @@ class Schedule:
         run_round(store, self._tasks)
 
     def _scrub(self, store: OpenStore) -> None:
-        """Read on through the segments, unless another process is at it."""
-        lock = store.compaction_lock()
-        if lock is not None:
-            with lock, contextlib.closing(Scrub(store)) as scrub:
-                scrub.step(int(_SCRUB_BYTES_S * self._interval_s))
+        """Read on through the segments."""
+        with contextlib.closing(Scrub(store)) as scrub:
+            scrub.step(int(_SCRUB_BYTES_S * self._interval_s))

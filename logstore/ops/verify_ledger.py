@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from logstore.ops.import_notes import BEFORE
 from logstore.ops.verify_index import Place, batches, places, streams
 from logstore.ops.verify_report import Finding, found
 from logstore.ops.verify_segments import Link, Spot
@@ -106,7 +107,10 @@ class Ledger:
             links = [Link._make(row) for row in part]
             where = places(connection, {link.prev for link in links})
             known = streams(connection, {link.stream for link in links})
+            begun = _beginnings(connection, [link.prev for link in links])
             for link in links:
+                if link.event_id in begun:
+                    continue
                 stream_id, dropped = known.get(link.stream, (-1, 0))
                 place = where.get(link.prev)
                 if link.prev > dropped and (place is None or place[1] != stream_id):
@@ -131,6 +135,18 @@ class Ledger:
         rows = self._notes.execute(query)
         while part := rows.fetchmany(_PART):
             yield part
+
+
+def _beginnings(connection: sqlite3.Connection, prevs: list[int]) -> set[int]:
+    """Return the events that were imported without what came before them, of those with these predecessors."""
+    found: set[int] = set()
+    for part in batches(prevs):
+        marks = ", ".join("?" * len(part))
+        rows = connection.execute(
+            f"SELECT event_id FROM imports WHERE source = ? AND source_id IN ({marks})", (BEFORE, *map(str, part))
+        )
+        found.update(event_id for (event_id,) in rows)
+    return found
 
 
 def _is_other(disk: Disk, root: Path, place: Place, checksum: bytes) -> bool:

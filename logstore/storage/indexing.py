@@ -186,6 +186,8 @@ def _scan_ahead(jobs: Iterator[tuple[Disk, Path, int, int]], scanners: Executor 
 def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int) -> int:
     """Add a segment and its events; those that another one has stay there. Returns how many were added."""
     file = f"segments/{scan.number}.segment"
+    # Of all that it holds: as long as it is there, streams of which it has dropped events stay on record.
+    first_id, last_id = min(scan.events.ids, default=0), max(scan.events.ids, default=0)
     if scan.damage is not None:
         logger.error("%s", scan.damage)
         catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
@@ -212,8 +214,8 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         file=file,
         bytes=scan.bytes,
         events=len(events.ids),
-        first_id=min((extent.first_id for extent in extents), default=0),
-        last_id=max((extent.last_id for extent in extents), default=0),
+        first_id=first_id,
+        last_id=last_id,
         sealed=True,
         sha256=scan.sha256,
     )

@@ -261,6 +261,8 @@ class OpenStore:
                 self._set_catalogue_aside()
                 indexed = self._make_index(progress)
             self.catalogue.open()
+            # It has them sealed, and compaction may remove them.
+            self.segments.abandon()
             self.registry.all_changed()
             self.copy_sessions()
         return indexed
@@ -327,6 +329,9 @@ class OpenStore:
         Not in a store so small that there is nothing to gain.
         """
         path = reserve_path(self.root)
+        if path.exists() and path.stat().st_size < _RESERVE_BYTES:
+            # Whoever made it died over it.
+            self.disk.unlink(path)
         if path.exists() or self.catalogue.totals()[2] < _RESERVE_FROM_BYTES:
             return
         try:
