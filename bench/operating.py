@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from logstore.ops.access import open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.compaction import compact
-from logstore.ops.export import export_events
-from logstore.ops.pool import FolderTarget
-from logstore.ops.verify import verify
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.compaction.compact import compact
+from logstore.ops.transfer.export import export_events
+from logstore.ops.verify.store import verify
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import IdGenerator

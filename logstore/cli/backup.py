@@ -10,7 +10,7 @@ import click
 from logstore.cli.output import ProgressLine, StorePath, json_option, say_figures, say_json, say_table, size
 
 if TYPE_CHECKING:
-    from logstore.ops.pool import FolderTarget
+    from logstore.ops.backup.pool import FolderTarget
 
 
 @click.command(
@@ -47,7 +47,7 @@ def command(
 
     Exits with 1 when files of the store were damaged: they are copied as they are.
     """
-    from logstore.ops.pool import FolderTarget, default_backups
+    from logstore.ops.backup.pool import FolderTarget, default_backups
 
     target = FolderTarget(folder or default_backups(db))
     if only_list:
@@ -55,8 +55,8 @@ def command(
             raise click.UsageError("--list changes nothing: leave out --delete-older-than")
         ctx.exit(_say_list(target, as_json=as_json))
     from logstore.ops.access import open_existing
-    from logstore.ops.backup import create_backup
-    from logstore.ops.rotation import delete_old
+    from logstore.ops.backup.create import create_backup
+    from logstore.ops.backup.rotation import delete_old
 
     store = open_existing(db)
     try:
@@ -82,7 +82,7 @@ def command(
 
 
 def _say_list(target: FolderTarget, *, as_json: bool) -> int:
-    from logstore.ops.rotation import list_backups
+    from logstore.ops.backup.rotation import list_backups
 
     backups = list_backups(target)
     if as_json:

@@ -34,7 +34,7 @@ def command(
     Without an option it drops only what belongs to ended sessions. By --max-events and --max-bytes go neither events
     of the last ten minutes nor requests that wait for their answer.
     """
-    from logstore.ops.compaction import compact_at
+    from logstore.ops.compaction.compact import compact_at
     from logstore.storage.options import Retention
 
     age_s = None if retention_days is None else retention_days * 86_400

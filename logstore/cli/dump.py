@@ -10,7 +10,7 @@ import click
 from logstore.cli.output import iso_time, json_option, say_json
 
 if TYPE_CHECKING:
-    from logstore.ops.dump import Record
+    from logstore.ops.verify.dump import Record
 
 
 @click.command(
@@ -26,7 +26,7 @@ def command(context: click.Context, file: Path, *, as_json: bool) -> None:
 
     With --json one object a line. Exit status 1 when something in it is not whole; that may be a torn write at the end.
     """
-    from logstore.ops.dump import dump
+    from logstore.ops.verify.dump import dump
 
     bad = 0
     if not as_json:

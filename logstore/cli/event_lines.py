@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from logstore.cli.output import iso_time, line_width, short_time, shown
-from logstore.ops.event_json import write_event
+from logstore.ops.transfer.event_json import write_event
 from logstore.storage.origin import split_origin
 from logstore.storage.record import FLAG_FINAL, FLAG_IMPORTED, FLAG_MODEL, FLAG_PRIMING, FLAG_REQUEST, Event
 

@@ -44,8 +44,8 @@ def command(
     events are missing: damaged, or lost earlier; the others are written.
     """
     from logstore.errors import ConfigurationError
-    from logstore.ops.export import ExportResult, export_store
-    from logstore.ops.selection import Selection
+    from logstore.ops.transfer.export import ExportResult, export_store
+    from logstore.ops.transfer.selection import Selection
 
     selection = Selection(stream, session, start, end)
     try:

@@ -29,7 +29,7 @@ def command(db: Path, file: str, as_json: bool) -> None:
     of mcp-persist. Importing twice adds nothing twice, and after a failure importing again adds the rest. Exits with 1
     when something was left out.
     """
-    from logstore.ops.importing import ImportResult, import_events
+    from logstore.ops.transfer.importing import ImportResult, import_events
 
     source: Path | IO[bytes] = sys.stdin.buffer if file == "-" else Path(file)
     with ProgressLine() as progress:

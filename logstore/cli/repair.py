@@ -26,7 +26,7 @@ def command(context: click.Context, db: Path, backups: Path | None, *, as_json: 
     Damaged bytes are only ever copied aside, to `damaged/` in the log folder. May run beside the processes that use
     the store. Exit status 1 when something is still wrong afterwards.
     """
-    from logstore.ops.repair import repair
+    from logstore.ops.verify.repair import repair
 
     with ProgressLine() as progress:
         done = repair(db, backups=backups, progress=progress)

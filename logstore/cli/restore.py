@@ -41,7 +41,7 @@ def command(ctx: click.Context, backup: Path, db: Path, until: datetime | None, 
 
     Exits with 1 when it refuses, or when files were damaged already when they were backed up.
     """
-    from logstore.ops.restore import restore
+    from logstore.ops.backup.restore import restore
 
     with ProgressLine() as progress:
         done = restore(backup, db, until=until, progress=progress)

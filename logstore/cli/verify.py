@@ -10,7 +10,7 @@ import click
 from logstore.cli.output import ProgressLine, StorePath, json_option, say_json, size
 
 if TYPE_CHECKING:
-    from logstore.ops.verify_report import Finding
+    from logstore.ops.verify.report import Finding
 
 
 @click.command(
@@ -34,7 +34,7 @@ def command(context: click.Context, db: Path, backups: Path | None, *, quick: bo
     Changes nothing, and runs beside the processes that use the store. Exit status 1 when something is wrong; losses
     that are on record, since they were repaired, are listed and are no finding.
     """
-    from logstore.ops.verify import verify
+    from logstore.ops.verify.store import verify
 
     with ProgressLine() as progress:
         report = verify(db, quick=quick, backups=backups, progress=progress)

@@ -18,11 +18,11 @@ import msgspec
 from logstore.config import EventStoreConfig, config_of
 from logstore.errors import LogstoreError, StoreLockedError
 from logstore.ops.access import open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.compaction import compact
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.rotation import delete_old, list_backups
-from logstore.ops.verify import verify
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.backup.rotation import delete_old, list_backups
+from logstore.ops.compaction.compact import compact
+from logstore.ops.verify.store import verify
 from logstore.storage.catalogue import iso_now
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import Retention

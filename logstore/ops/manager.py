@@ -19,14 +19,14 @@ import msgspec
 
 from logstore.config import DEFAULT_DB_PATH
 from logstore.ops.access import open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.export import export_events
-from logstore.ops.importing import import_events
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.backup.restore import restore
+from logstore.ops.backup.rotation import delete_old
 from logstore.ops.maintenance import validate
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.restore import restore
-from logstore.ops.rotation import delete_old
 from logstore.ops.statistics import store_statistics
+from logstore.ops.transfer.export import export_events
+from logstore.ops.transfer.importing import import_events
 from logstore.storage.opening import OpenStore
 
 logger = logging.getLogger("logstore")

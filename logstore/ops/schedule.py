@@ -16,7 +16,7 @@ from typing import Final
 from logstore.config import EventStoreConfig
 from logstore.errors import LogstoreError
 from logstore.ops.maintenance import Tasks, run_round
-from logstore.ops.scrub import Scrub
+from logstore.ops.verify.scrub import Scrub
 from logstore.storage import Log
 from logstore.storage.opening import OpenStore
 

@@ -13,9 +13,8 @@ import msgspec
 
 from logstore.errors import DamageError
 from logstore.ops.access import StoreView
-from logstore.ops.event_json import iso_time
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.rotation import list_backups
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.backup.rotation import list_backups
 from logstore.ops.statistics_index import (
     INDEXED,
     Damage,
@@ -25,6 +24,7 @@ from logstore.ops.statistics_index import (
     StreamFigures,
     indexed_figures,
 )
+from logstore.ops.transfer.event_json import iso_time
 from logstore.storage.figures import Figures, ProcessStats, is_lane_held, read_figures
 from logstore.storage.files import Disk, lock_holders
 from logstore.storage.lane import Marks, lane_folders

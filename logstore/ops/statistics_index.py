@@ -12,8 +12,8 @@ import msgspec
 
 from logstore.errors import GapError
 from logstore.ops.access import StoreView
-from logstore.ops.event_json import iso_time
 from logstore.ops.index_errors import index_errors
+from logstore.ops.transfer.event_json import iso_time
 from logstore.storage.catalogue import Catalogue, StreamSummary
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mcp import Client
 
 from logstore.mcp import PersistentEventStore, resumable_http_app
-from logstore.ops.pool import FolderTarget, default_backups
+from logstore.ops.backup.pool import FolderTarget, default_backups
 from logstore.storage import FLAG_FINAL, FLAG_REQUEST
 from tests.engine import eventually
 from tests.mcp.serving import DEADLINE_S, Progress, Steps, counting_server, served

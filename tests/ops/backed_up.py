@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from logstore.ops.backup import BackupResult, create_backup
-from logstore.ops.pool import FolderTarget
+from logstore.ops.backup.create import BackupResult, create_backup
+from logstore.ops.backup.pool import FolderTarget
 from logstore.storage import Log, LogOptions
 from logstore.storage.opening import OpenStore
 from tests.engine import deadline, read_all, small

@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 
 from logstore.cli import main
 from logstore.errors import DamageError, FormatVersionError, StoreClosedError, StoreLockedError
-from logstore.ops.backup import create_backup
-from logstore.ops.manifest import Manifest, encode_manifest, manifest_key, read_manifest, time_of
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.restore import restore
-from logstore.ops.rotation import check_backup, delete_old, list_backups
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.manifest import Manifest, encode_manifest, manifest_key, read_manifest, time_of
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.backup.restore import restore
+from logstore.ops.backup.rotation import check_backup, delete_old, list_backups
 from logstore.storage import Log
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
@@ -532,7 +532,7 @@ def test_rotation_and_backup_wait_for_each_other(path: Path, pool: Path, monkeyp
     write(path, 10)
     back_up(path, pool)
     target = FolderTarget(pool)
-    monkeypatch.setattr("logstore.ops.pool._PATIENCE_S", 0.0)
+    monkeypatch.setattr("logstore.ops.backup.pool._PATIENCE_S", 0.0)
     with target.adding():
         back_up(path, pool)
         with pytest.raises(StoreLockedError, match=str(os.getpid())):
@@ -543,7 +543,7 @@ def test_rotation_and_backup_wait_for_each_other(path: Path, pool: Path, monkeyp
 
 def test_a_backup_waits_for_who_removes_segments(path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, 10)
-    monkeypatch.setattr("logstore.ops.pool._PATIENCE_S", 0.0)
+    monkeypatch.setattr("logstore.ops.backup.pool._PATIENCE_S", 0.0)
     lock = Disk().lock(path.parent / "events-log" / "removal.lock")
     assert lock is not None
     with lock, pytest.raises(StoreLockedError):

@@ -13,7 +13,7 @@ import pytest
 import crash
 from crash_backup import BackupCampaign, payload_of, read_streams
 from crash_kill import BrokenPromiseError
-from logstore.ops.backup import BackupResult
+from logstore.ops.backup.create import BackupResult
 from logstore.storage import Log
 
 

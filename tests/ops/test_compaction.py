@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from logstore.errors import GapError, StoreLockedError
-from logstore.ops import compaction
 from logstore.ops.access import StoreView
-from logstore.ops.compaction import Compacted, compact
+from logstore.ops.compaction import compact as compaction
+from logstore.ops.compaction.compact import Compacted, compact
 from logstore.storage import FLAG_FINAL, FLAG_REQUEST, Log, LogOptions, Retention
 from logstore.storage.files import Disk
 from logstore.storage.options import MIB

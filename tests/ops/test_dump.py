@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from logstore.cli import main
 from logstore.errors import DamageError
-from logstore.ops.dump import Record, dump
+from logstore.ops.verify.dump import Record, dump
 from logstore.storage.files import Disk
 from logstore.storage.header import (
     HEADER_BYTES,

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from logstore.cli import main
 from logstore.errors import ConfigurationError, DamageError, NotAStoreError
 from logstore.ops.access import StoreView
-from logstore.ops.event_json import read_event, write_event
-from logstore.ops.export import export_events, export_store
-from logstore.ops.over_gaps import GapReader
-from logstore.ops.selection import Moment, Selection
+from logstore.ops.transfer.event_json import read_event, write_event
+from logstore.ops.transfer.export import export_events, export_store
+from logstore.ops.transfer.over_gaps import GapReader
+from logstore.ops.transfer.selection import Moment, Selection
 from logstore.storage import Log
 from logstore.storage.origin import encode_origin
 from logstore.storage.record import (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from logstore.ops.access import StoreView
-from logstore.ops.compaction import Compacted, compact, compact_at
-from logstore.ops.verify import verify
+from logstore.ops.compaction.compact import Compacted, compact, compact_at
+from logstore.ops.verify.store import verify
 from logstore.storage import Log, Retention, opening
 from logstore.storage.opening import OpenStore, reserve_path
 from tests.engine import deadline, eventually, small

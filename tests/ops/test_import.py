@@ -26,12 +26,12 @@ from logstore.cli import main
 from logstore.errors import DamageError, FormatVersionError, LogstoreError, NotAStoreError, WriteFailedError
 from logstore.mcp.messages import Message, decode
 from logstore.ops.access import StoreView
-from logstore.ops.compaction import compact_at
-from logstore.ops.event_json import write_event
-from logstore.ops.export import export_events
-from logstore.ops.import_notes import origin_of
-from logstore.ops.importing import ImportResult, import_events
-from logstore.ops.json_stream import BrokenJsonError
+from logstore.ops.compaction.compact import compact_at
+from logstore.ops.transfer.event_json import write_event
+from logstore.ops.transfer.export import export_events
+from logstore.ops.transfer.import_notes import origin_of
+from logstore.ops.transfer.importing import ImportResult, import_events
+from logstore.ops.transfer.json_stream import BrokenJsonError
 from logstore.storage import Log
 from logstore.storage.ids import later
 from logstore.storage.opening import OpenStore
@@ -675,7 +675,7 @@ def test_after_a_disk_that_failed_importing_again_adds_the_rest(tmp_path: Path, 
 DYING = """
 import os, sys
 from pathlib import Path
-from logstore.ops import importing
+from logstore.ops.transfer import importing
 from logstore.storage.files import Disk
 from tests.storage.disks import Fault, FaultyDisk
 

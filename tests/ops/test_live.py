@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from logstore.ops import compaction
-from logstore.ops.backup import create_backup
-from logstore.ops.compaction import compact
-from logstore.ops.pool import FolderTarget
-from logstore.ops.restore import find_backup, restore_from
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.backup.restore import find_backup, restore_from
+from logstore.ops.compaction import compact as compaction
+from logstore.ops.compaction.compact import compact
 from logstore.storage import Event, Log, Retention
 from logstore.storage.opening import OpenStore
 from tests.engine import deadline, eventually, payloads, process, small

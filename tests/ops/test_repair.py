@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from logstore.cli import main
 from logstore.errors import GapError, LogstoreError, StoreLockedError
 from logstore.ops.access import StoreView, open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.repair import repair
-from logstore.ops.verify import verify
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.verify.repair import repair
+from logstore.ops.verify.store import verify
 from logstore.storage import Log
 from tests.engine import deadline, in_segments, payloads, read_to_gap, small
 from tests.ops.damaged import (

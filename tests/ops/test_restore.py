@@ -15,9 +15,9 @@ import pytest
 
 from logstore.errors import DamageError, GapError, LogstoreError, NotAStoreError, StoreLockedError, WriteFailedError
 from logstore.ops.access import StoreView, open_existing
-from logstore.ops.manifest import read_manifest
-from logstore.ops.pool import FolderTarget
-from logstore.ops.restore import RestoreResult, restore
+from logstore.ops.backup.manifest import read_manifest
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.backup.restore import RestoreResult, restore
 from logstore.storage import Log
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
@@ -260,7 +260,7 @@ def test_the_backup_of_fewer_events_than_it_says_is_refused(
 ) -> None:
     write(path, 10)
     back_up(path, pool)
-    monkeypatch.setattr("logstore.ops.restore.count_live", lambda catalogue: 39)
+    monkeypatch.setattr("logstore.ops.backup.restore.count_live", lambda catalogue: 39)
     with pytest.raises(DamageError, match="39 events and says 40"):
         restore(pool, tmp_path / "other" / "events.db")
 

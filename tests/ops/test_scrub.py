@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from logstore.ops import scrub as scrub_module
 from logstore.ops.access import open_existing
-from logstore.ops.scrub import Scrub
+from logstore.ops.verify import scrub as scrub_module
+from logstore.ops.verify.scrub import Scrub
 from logstore.storage.opening import OpenStore
 from tests.ops.damaged import ask, change, copied, log_of, make, segments
 

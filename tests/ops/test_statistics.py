@@ -12,8 +12,8 @@ import pytest
 
 from logstore.errors import NotAStoreError
 from logstore.ops.access import open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.pool import FolderTarget, default_backups
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget, default_backups
 from logstore.ops.statistics import StoreStatistics, store_statistics
 from logstore.storage import Log
 from tests.engine import deadline, eventually, in_segments, process, small

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from logstore.cli import main
 from logstore.errors import NotAStoreError
 from logstore.ops.access import open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.compaction import compact
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.verify import verify
-from logstore.ops.verify_report import Finding
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.compaction.compact import compact
+from logstore.ops.verify.report import Finding
+from logstore.ops.verify.store import verify
 from logstore.storage import Event, Log
 from logstore.storage.header import HEADER_BYTES, frame_seed
 from logstore.storage.options import Retention

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.pool import MANIFEST_SUFFIX, Target, object_key
+from logstore.ops.backup.pool import MANIFEST_SUFFIX, Target, object_key
 from logstore.storage.ids import LANE_COUNT
 
 BACKUP_VERSION: Final = 1

@@ -18,10 +18,10 @@ from typing import Final, NamedTuple
 
 from logstore.errors import DamageError, FormatVersionError, StoreLockedError, WriteFailedError
 from logstore.ops.access import open_existing
+from logstore.ops.compaction.retention import Dropped, drop, planned
+from logstore.ops.compaction.rewrite import OWN_FILE_BYTES, Moving, Rewriter
+from logstore.ops.compaction.sweep import Swept, remove_unpublished_segments, sweep
 from logstore.ops.progress import Progress, silent
-from logstore.ops.retention import Dropped, drop, planned
-from logstore.ops.rewrite import OWN_FILE_BYTES, Moving, Rewriter
-from logstore.ops.sweep import Swept, remove_unpublished_segments, sweep
 from logstore.storage.catalogue import Extent, connect
 from logstore.storage.files import Disk, is_disk_full, lock_holders
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
-from logstore.ops.foreign_databases import ForeignEvent
-from logstore.ops.import_notes import BEFORE, Origin, note_origins, origin_of, remake_imports
-from logstore.ops.import_sources import Found, LeftOut
+from logstore.ops.transfer.foreign_databases import ForeignEvent
+from logstore.ops.transfer.import_notes import BEFORE, Origin, note_origins, origin_of, remake_imports
+from logstore.ops.transfer.import_sources import Found, LeftOut
 from logstore.storage.catalogue import connect
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign

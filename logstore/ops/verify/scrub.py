@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 
-from logstore.ops.verify_index import Index
-from logstore.ops.verify_registry import check_registry, copied_sessions
-from logstore.ops.verify_report import Finding
-from logstore.ops.verify_segments import SegmentCheck, check_segment
+from logstore.ops.verify.index import Index
+from logstore.ops.verify.registry import check_registry, copied_sessions
+from logstore.ops.verify.report import Finding
+from logstore.ops.verify.segments import SegmentCheck, check_segment
 from logstore.storage.catalogue import iso_now
 from logstore.storage.header import frame_seed
 from logstore.storage.opening import OpenStore

@@ -15,10 +15,10 @@ from typing import Final, TypeVar
 
 from logstore.errors import DamageError, FormatVersionError, WriteFailedError
 from logstore.ops.access import StoreView
-from logstore.ops.pool import default_backups
+from logstore.ops.backup.pool import default_backups
 from logstore.ops.progress import Progress, silent
-from logstore.ops.verify_backups import check_backups
-from logstore.ops.verify_catalogue import (
+from logstore.ops.verify.backups import check_backups
+from logstore.ops.verify.catalogue import (
     check_database,
     check_tables,
     done_journals,
@@ -27,13 +27,13 @@ from logstore.ops.verify_catalogue import (
     row_counts,
     run_counts,
 )
-from logstore.ops.verify_index import Index
-from logstore.ops.verify_journals import LaneLook
-from logstore.ops.verify_ledger import Ledger
-from logstore.ops.verify_losses import Known, recorded_losses
-from logstore.ops.verify_registry import check_registry, copied_sessions
-from logstore.ops.verify_report import Report, found
-from logstore.ops.verify_segments import SegmentCheck, check_segment
+from logstore.ops.verify.index import Index
+from logstore.ops.verify.journals import LaneLook
+from logstore.ops.verify.ledger import Ledger
+from logstore.ops.verify.losses import Known, recorded_losses
+from logstore.ops.verify.registry import check_registry, copied_sessions
+from logstore.ops.verify.report import Report, found
+from logstore.ops.verify.segments import SegmentCheck, check_segment
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
 from logstore.storage.lane import lane_folders

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logstore.errors import DamageError, NotAStoreError, WriteFailedError
-from logstore.ops.cut import count_live, note_dropped
-from logstore.ops.manifest import Manifest, StoredFile, missing_objects, read_manifest
-from logstore.ops.moment import cut_off
-from logstore.ops.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
+from logstore.ops.backup.cut import count_live, note_dropped
+from logstore.ops.backup.manifest import Manifest, StoredFile, missing_objects, read_manifest
+from logstore.ops.backup.moment import cut_off
+from logstore.ops.backup.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
 from logstore.ops.progress import Progress, silent
 from logstore.storage.catalogue import Catalogue, connect, inspect_file
 from logstore.storage.files import Disk

@@ -29,10 +29,10 @@ import msgspec
 
 from logstore.errors import ConfigurationError
 from logstore.ops.access import StoreView
-from logstore.ops.event_json import EXPORT_FORMAT, EXPORT_VERSION, iso_time, write_event
-from logstore.ops.over_gaps import Gap, GapReader
 from logstore.ops.progress import Progress, silent
-from logstore.ops.selection import Moment, Selection
+from logstore.ops.transfer.event_json import EXPORT_FORMAT, EXPORT_VERSION, iso_time, write_event
+from logstore.ops.transfer.over_gaps import Gap, GapReader
+from logstore.ops.transfer.selection import Moment, Selection
 from logstore.storage.files import Disk
 
 logger = logging.getLogger("logstore")

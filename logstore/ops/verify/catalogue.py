@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from logstore.ops.verify_report import Finding, found
+from logstore.ops.verify.report import Finding, found
 
 _MOST_PROBLEMS: Final = 20
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from logstore.ops.verify_report import Finding
+from logstore.ops.verify.report import Finding
 from logstore.storage.files import Disk
 from logstore.storage.ids import lane_of, time_ms_of
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from logstore.errors import ConfigurationError, DamageError
 from logstore.ops.access import StoreView
-from logstore.ops.event_json import time_us_of
+from logstore.ops.transfer.event_json import time_us_of
 from logstore.storage.catalogue import connect
 
 Moment = str | datetime | None

@@ -18,16 +18,16 @@ import msgspec
 
 from logstore.errors import DamageError
 from logstore.ops.access import StoreView, open_existing
-from logstore.ops.pool import FolderTarget, default_backups, wait_for_lock
+from logstore.ops.backup.pool import FolderTarget, default_backups, wait_for_lock
 from logstore.ops.progress import Progress, silent
-from logstore.ops.repair_segments import mend_segment
-from logstore.ops.verify import verify
-from logstore.ops.verify_backups import check_backups
-from logstore.ops.verify_frames import read_whole
-from logstore.ops.verify_index import Index
-from logstore.ops.verify_journals import STATE_SLOT_BYTES, bad_slots
-from logstore.ops.verify_losses import Losses, iso_moment, lost_runs, record_losses
-from logstore.ops.verify_report import Finding, Report
+from logstore.ops.verify.backups import check_backups
+from logstore.ops.verify.frames import read_whole
+from logstore.ops.verify.index import Index
+from logstore.ops.verify.journals import STATE_SLOT_BYTES, bad_slots
+from logstore.ops.verify.losses import Losses, iso_moment, lost_runs, record_losses
+from logstore.ops.verify.repair_segments import mend_segment
+from logstore.ops.verify.report import Finding, Report
+from logstore.ops.verify.store import verify
 from logstore.storage.catalogue import iso_now
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, decode_header

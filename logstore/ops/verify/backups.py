@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logstore.errors import LogstoreError
-from logstore.ops.manifest import Manifest, missing_objects, read_manifest
-from logstore.ops.pool import FolderTarget, OtherBytesError, verified
+from logstore.ops.backup.manifest import Manifest, missing_objects, read_manifest
+from logstore.ops.backup.pool import FolderTarget, OtherBytesError, verified
 from logstore.ops.progress import Progress
-from logstore.ops.verify_report import Finding, found
+from logstore.ops.verify.report import Finding, found
 from logstore.storage.files import Disk
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore.errors import DamageError
-from logstore.ops.manifest import LaneMark
+from logstore.ops.backup.manifest import LaneMark
 from logstore.storage.catalogue import Catalogue, connect
 from logstore.storage.files import Disk
 from logstore.storage.journal import read_header

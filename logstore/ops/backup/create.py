@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore.errors import DamageError, StoreClosedError
-from logstore.ops.cut import Cut, JournalMark, SegmentMark, count_live, count_unknown, dropped_streams, take_cut
-from logstore.ops.manifest import BACKUP_VERSION, Kind, Manifest, StoredFile, encode_manifest, manifest_key
-from logstore.ops.pool import OtherBytesError, Target, object_key, read_pieces, verified, wait_for_lock
+from logstore.ops.backup.cut import Cut, JournalMark, SegmentMark, count_live, count_unknown, dropped_streams, take_cut
+from logstore.ops.backup.manifest import BACKUP_VERSION, Kind, Manifest, StoredFile, encode_manifest, manifest_key
+from logstore.ops.backup.pool import OtherBytesError, Target, object_key, read_pieces, verified, wait_for_lock
 from logstore.ops.progress import Progress, silent
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Final
 
 from logstore.errors import WriteFailedError
-from logstore.ops.import_sources import Found, ImportSource, LeftOut
-from logstore.ops.imported_batch import BatchResult, BatchWriter, announce
 from logstore.ops.progress import Progress, silent
+from logstore.ops.transfer.import_sources import Found, ImportSource, LeftOut
+from logstore.ops.transfer.imported_batch import BatchResult, BatchWriter, announce
 from logstore.storage.files import Disk
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import LogOptions

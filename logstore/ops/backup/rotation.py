@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.manifest import Manifest, StoredFile, missing_objects, read_manifest, time_of
-from logstore.ops.pool import OtherBytesError, Target, verified
+from logstore.ops.backup.manifest import Manifest, StoredFile, missing_objects, read_manifest, time_of
+from logstore.ops.backup.pool import OtherBytesError, Target, verified
 from logstore.ops.progress import Progress, silent
 
 logger = logging.getLogger("logstore")

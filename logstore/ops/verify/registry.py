@@ -9,8 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify_frames import read_whole
-from logstore.ops.verify_report import Finding, found
+from logstore.ops.verify.frames import read_whole
+from logstore.ops.verify.report import Finding, found
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, decode_header
 from logstore.storage.registry import ENDED, OPENED, Entry, salvage_entries

@@ -9,10 +9,10 @@ from typing import Final, NamedTuple
 import google_crc32c
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify_frames import read_whole
-from logstore.ops.verify_ledger import JournalEvent
-from logstore.ops.verify_report import Finding, found
-from logstore.ops.verify_segments import Spot
+from logstore.ops.verify.frames import read_whole
+from logstore.ops.verify.ledger import JournalEvent
+from logstore.ops.verify.report import Finding, found
+from logstore.ops.verify.segments import Spot
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header, frame_seed
 from logstore.storage.ids import lane_of

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from logstore.ops.import_notes import BEFORE
-from logstore.ops.verify_index import Place, batches, places, streams
-from logstore.ops.verify_report import Finding, found
-from logstore.ops.verify_segments import Link, Spot
+from logstore.ops.transfer.import_notes import BEFORE
+from logstore.ops.verify.index import Place, batches, places, streams
+from logstore.ops.verify.report import Finding, found
+from logstore.ops.verify.segments import Link, Spot
 from logstore.storage.files import Disk
 from logstore.storage.record import FRAME_HEADER
 from logstore.storage.segment import segment_path

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify_frames import Frames, read_whole
-from logstore.ops.verify_index import IndexedEvent, Place, SegmentRow, places, rows_of, segment_row, streams
-from logstore.ops.verify_report import Finding, found
+from logstore.ops.verify.frames import Frames, read_whole
+from logstore.ops.verify.index import IndexedEvent, Place, SegmentRow, places, rows_of, segment_row, streams
+from logstore.ops.verify.report import Finding, found
 from logstore.storage.catalogue import Extent
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore.errors import StoreLockedError
-from logstore.ops.verify_frames import read_whole
-from logstore.ops.verify_index import Index, places, rows_of, segment_row, streams
-from logstore.ops.verify_losses import Losses, iso_moment, lost_runs, record_losses
-from logstore.ops.verify_report import Finding
-from logstore.ops.verify_segments import check_segment
+from logstore.ops.verify.frames import read_whole
+from logstore.ops.verify.index import Index, places, rows_of, segment_row, streams
+from logstore.ops.verify.losses import Losses, iso_moment, lost_runs, record_losses
+from logstore.ops.verify.report import Finding
+from logstore.ops.verify.segments import check_segment
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
 from logstore.storage.files import Disk, lock_holders
 from logstore.storage.header import HEADER_BYTES, frame_seed

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 from logstore.errors import FormatVersionError
-from logstore.ops.event_json import EXPORT_FORMAT, EXPORT_VERSION, read_event
-from logstore.ops.foreign_databases import ORIGINAL, SQLITE_MAGIC, ForeignEvent, foreign_event, foreign_rows
-from logstore.ops.json_stream import BrokenJsonError, JsonStream, JsonValue
+from logstore.ops.transfer.event_json import EXPORT_FORMAT, EXPORT_VERSION, read_event
+from logstore.ops.transfer.foreign_databases import ORIGINAL, SQLITE_MAGIC, ForeignEvent, foreign_event, foreign_rows
+from logstore.ops.transfer.json_stream import BrokenJsonError, JsonStream, JsonValue
 from logstore.storage.record import Event
 
 _LONGEST_REASON: Final = 300

@@ -1,0 +1,1 @@
+"""Backup and restore: manifests over a pool of content-addressed files."""

@@ -1,0 +1,1 @@
+"""Export and import: events as text, and those of other stores."""
