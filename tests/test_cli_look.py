@@ -23,7 +23,7 @@ from logstore.cli.output import age, shown
 from logstore.cli.reference import reference
 from logstore.errors import GapError
 from logstore.ops.access import open_existing
-from logstore.ops.compaction import compact
+from logstore.ops.compaction.compact import compact
 from logstore.ops.following import FollowedStore, follow
 from logstore.storage import FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event, Log
 from logstore.storage.options import Retention

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from crash_kill import BrokenPromiseError
 from logstore.ops.access import StoreView, open_existing
-from logstore.ops.backup import BackupResult, create_backup
-from logstore.ops.pool import FolderTarget
-from logstore.ops.restore import restore
-from logstore.ops.rotation import check_backup, delete_old
+from logstore.ops.backup.create import BackupResult, create_backup
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.backup.restore import restore
+from logstore.ops.backup.rotation import check_backup, delete_old
 from logstore.storage import Durability, Log, LogOptions
 
 PROCESSES: Final = 4

@@ -30,13 +30,13 @@ from crash_kill import BrokenPromiseError
 from logstore.cli import main as cli
 from logstore.errors import DamageError, GapError, LogstoreError
 from logstore.ops.access import StoreView, open_existing
-from logstore.ops.backup import create_backup
-from logstore.ops.compaction import compact
-from logstore.ops.dump import dump
-from logstore.ops.manifest import read_manifest
-from logstore.ops.pool import FolderTarget, default_backups
-from logstore.ops.repair import repair
-from logstore.ops.verify import verify
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.manifest import read_manifest
+from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.compaction.compact import compact
+from logstore.ops.verify.dump import dump
+from logstore.ops.verify.repair import repair
+from logstore.ops.verify.store import verify
 from logstore.storage import Log, LogOptions
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign

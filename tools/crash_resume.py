@@ -22,7 +22,7 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from crash_kill import BrokenPromiseError
-from logstore.ops.verify import verify
+from logstore.ops.verify.store import verify
 from tests.mcp.rig import RigError, Workers
 from tests.mcp.rig_balancer import Balancer, How
 from tests.mcp.rig_client import Account, BrokenRuleError, Call, StubbornClient, check_counted
