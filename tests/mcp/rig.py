@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -304,6 +304,9 @@ class Workers:
 
     def __getitem__(self, number: int) -> Worker:
         return self._workers[number]
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers)
 
     def __len__(self) -> int:
         return len(self._workers)
