@@ -114,7 +114,7 @@ class Tools:
         return text_of_size(label, size)
 
     @staticmethod
-    def process() -> str:
+    def process(label: str = "") -> str:
         """Return the id of the process that serves the session."""
         return str(os.getpid())
 

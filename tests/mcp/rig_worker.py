@@ -7,6 +7,7 @@ which takes milliseconds where a new interpreter takes a second. `application` i
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import traceback
@@ -62,6 +63,8 @@ def application() -> Starlette:
 
 def serve(orders: Orders) -> None:
     """Serve until a signal says otherwise."""
+    # Before the SDK does it, which wraps each line as for a narrow terminal.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = uvicorn.Config(
         app_for(orders), log_level="warning", lifespan="on", timeout_graceful_shutdown=orders.stop_s
     )
