@@ -175,8 +175,9 @@ class Run:
         rng = random.Random(f"{self._seed} kill")
         while not await _comes_within(stopping, rng.uniform(*_KILL_PAUSE_S)):
             worker = self._workers[rng.randrange(len(self._workers))]
-            await worker.kill()
+            # Before: its connections may be seen to end before this process hears that it has ended.
             self._deaths.append(_now())
+            await worker.kill()
             self._figures["workers killed"] += 1
             await asyncio.sleep(rng.uniform(*_DOWN_S))
             await worker.start()
