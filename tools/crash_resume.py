@@ -34,7 +34,7 @@ _DOWN_S: Final = (0.0, 0.5)
 _HOWS: Final[tuple[How, ...]] = ("reset", "reset", "reset", "reset", "clean", "clean", "half")
 _MOST_CUT: Final = 12
 _LEAST_LIMIT_S: Final = 120.0
-_LIMIT_A_CALL_S: Final = 0.5
+_LIMIT_A_CALL_S: Final = 0.2
 _LISTENERS: Final = 5
 """Clients that also read their standalone stream, on which some of their calls announce things."""
 _MEMORY_S: Final = 2.0
@@ -122,7 +122,7 @@ class Run:
         self._figures = figures
         self._open: dict[str, Call] = {}
         self.waits: list[float] = []
-        self._deaths: list[float] = []
+        self._deaths: list[tuple[float, int]] = []
 
     async def play(self, calls: int, clients: int) -> None:
         """Open the sessions, let the clients call while things break, and have each call once more in peace.
@@ -176,7 +176,7 @@ class Run:
         while not await _comes_within(stopping, rng.uniform(*_KILL_PAUSE_S)):
             worker = self._workers[rng.randrange(len(self._workers))]
             # Before: its connections may be seen to end before this process hears that it has ended.
-            self._deaths.append(_now())
+            self._deaths.append((_now(), worker.port))
             await worker.kill()
             self._figures["workers killed"] += 1
             await asyncio.sleep(rng.uniform(*_DOWN_S))
@@ -226,7 +226,7 @@ class Run:
             self._figures["exact results"] += 1
         elif call.error is not None:
             self._figures[f"errors: {call.error['message'][:90]}"] += 1
-            if not _DEATH.search(call.error["message"]) or not self._somebody_died(began):
+            if not _DEATH.search(call.error["message"]) or not self._died(began):
                 raise BrokenPromiseError(f"{call.name} ended with {call.error}, and no worker had died")
         else:
             self._figures[f"without an answer: {self._reason(call, began)}"] += 1
@@ -241,12 +241,14 @@ class Run:
         if connection is None or connection.cut:
             # Without one, it was cut before the balancer had read the request.
             return "cut before the first id"
-        if self._somebody_died(began):
-            return "a worker died before the first id"
+        if any(port == connection.backend for port in self._died(began)):
+            # Nobody was left to say so: its connections ended with it.
+            return "the worker that it was sent to died before the first id"
         raise BrokenPromiseError(f"{call.name} ended without an answer, and nothing was cut: {connection}")
 
-    def _somebody_died(self, since: float) -> bool:
-        return any(dead > since - _MEMORY_S for dead in self._deaths)
+    def _died(self, since: float) -> list[int]:
+        """Return the ports of the workers that died since a time, or so short before that it may still show."""
+        return [port for dead, port in self._deaths if dead > since - _MEMORY_S]
 
     async def _check_notes(
         self, client: StubbornClient, notes: Account, listening: asyncio.Task[None], announced: list[Call]
