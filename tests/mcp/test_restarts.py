@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logstore.ops.verify import verify
+from logstore.ops.verify.store import verify
 from tests.engine import eventually
 from tests.mcp.rig import DEADLINE_S, Workers
 from tests.mcp.rig_balancer import Balancer
@@ -179,7 +179,9 @@ async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, bala
             label = f"{number}-{len(calls)}"
             calls.append(await client.call("stroll", label, to=6, pause_ms=10))
             check_counted(calls[-1], 6, f"{label} counted to 6")
-            assert calls[-1].result is not None, f"{label}: {calls[-1].error or [each for each in balancer.log if each.tag in calls[-1].tags]}"
+            assert calls[-1].result is not None, (
+                f"{label}: {calls[-1].error or [each for each in balancer.log if each.tag in calls[-1].tags]}"
+            )
         return calls
 
     async with asyncio.timeout(2 * DEADLINE_S):
