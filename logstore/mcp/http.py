@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 
 from logstore.errors import ConfigurationError
 from logstore.mcp.base import LogEventStore
+from logstore.mcp.closing import StreamClosing
 from logstore.mcp.custody import LayerOptions
 from logstore.mcp.layer import ResumeLayer
 from logstore.mcp.scoped_store import ScopedEventStore
@@ -78,6 +79,8 @@ def resumable_http_app(
     layer, endpoint = _wrap_endpoint(app, store, options)
     if _is_stateless(endpoint):
         raise ConfigurationError(_STATELESS)
+    if not adapted:
+        cast("Any", server).middleware.append(StreamClosing(layer.end_stream))
     app.router.lifespan_context = _lifespan_with(app, endpoint, layer, store)
     return app
 
@@ -122,11 +125,18 @@ def _lifespan_with(app: Starlette, endpoint: Any, layer: ResumeLayer, store: Log
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[Any, None]:
-        async with store, cast("AbstractAsyncContextManager[Any]", inner(app)) as state:
-            stateless = _is_stateless(endpoint)
+        stateless = False
+        try:
+            async with store, cast("AbstractAsyncContextManager[Any]", inner(app)) as state:
+                stateless = _is_stateless(endpoint)
+                if not stateless:
+                    async with layer.running(app, state):
+                        yield state
+        except RuntimeError as error:
+            # The SDK's older releases refuse an idle timeout in this mode, in words of their own.
+            stateless = "supported in stateless mode" in str(error)
             if not stateless:
-                async with layer.running(app, state):
-                    yield state
+                raise
         if stateless:
             # Raised inside, it would come out wrapped in the group of the manager's tasks.
             raise ConfigurationError(_STATELESS)

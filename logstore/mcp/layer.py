@@ -374,9 +374,16 @@ class ResumeLayer:
 
         A half-open one would stall the SDK's router once its buffers are full, and nothing more would be stored.
         """
-        self.end_connections(connection.stream, connection.began_ns)
+        await self._end_everywhere(connection.stream, connection.began_ns)
+
+    async def end_stream(self, name: str) -> None:
+        """End the connections that carry a stream now, on whichever worker they are; the stream goes on."""
+        await self._end_everywhere(name, time.time_ns())
+
+    async def _end_everywhere(self, name: str, older_than_ns: int) -> None:
+        self.end_connections(name, older_than_ns)
         if self.custody.peers is not None:
-            await self.custody.peers.tell_all("end", connection.stream, connection.began_ns)
+            await self.custody.peers.tell_all("end", name, older_than_ns)
 
     # What other workers ask.
 

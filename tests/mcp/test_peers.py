@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,7 +78,7 @@ async def forward(one: Peers, worker: int, body: bytes) -> tuple[Outcome, Client
 
 
 @asynccontextmanager
-async def opened(folder: Path, own: int, host: Host, state: Any = None) -> AsyncIterator[Peers]:
+async def opened(folder: Path, own: int, host: Host, state: Any = None) -> AsyncGenerator[Peers]:
     """Open the socket of one worker."""
     worker = Peers(folder, own, echo, state, host)
     await worker.open()
