@@ -75,6 +75,8 @@ def test_it_loses_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "goes on and stores steps 7 to 13; the client still knows 6" in output
     assert re.search(r"GET with Last-Event-ID \d+, which is step 6\n", output)
     assert "receives steps 14 to 20 and the result, live again" in output
+    assert "arrives at the other server" in output
+    assert "and receives step 1 and the result, without initializing again" in output
     assert max(len(line) for line in output.splitlines() if str(tmp_path) not in line) <= 80
     assert list(tmp_path.iterdir()) == []
 

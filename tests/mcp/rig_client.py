@@ -243,6 +243,10 @@ class StubbornClient:
         async for event in exchange:
             if began and len(call.ids) == before:
                 call.waits.append(asyncio.get_running_loop().time() - began)
+            if not call.ids and event.id is None and event.message is not None and "error" in event.message:
+                # Its worker died before there was an id; whoever passed the request on says so, and has none to give.
+                call.answer(event.message)
+                continue
             call.take(event)
             if event.message is None:
                 continue

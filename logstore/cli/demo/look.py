@@ -16,7 +16,7 @@ _PURPOSES: Final[Mapping[str, str]] = {
     ".db-shm": "SQLite's own",
     ".db-wal": "SQLite's own",
     ".journal": "events as they came",
-    ".json": "figures, for monitoring",
+    ".json": "published figures",
     ".log": "sessions",
     ".segment": "events by stream",
     "marks": "how far to read",

@@ -29,7 +29,7 @@ class Resume(NamedTuple):
 
 
 class Relay:
-    """Passes bytes between a client and a server on this machine until it is told to cut.
+    """Passes bytes between a client and a server on this machine, as a balancer does, until it is told to cut.
 
     Attributes:
         port: Where the client connects to.
@@ -68,6 +68,10 @@ class Relay:
         for connection in self._connections:
             for side in connection:
                 _reset(side)
+
+    def redirect(self, server_port: int) -> None:
+        """Pass who connects from here on to another server."""
+        self._server_port = server_port
 
     def let_through(self) -> None:
         """Pass on again, beginning with who waits."""

@@ -61,6 +61,11 @@ class Plan:
         """What the events of the call say, in order."""
         return [*(f"step {step}" for step in range(1, self.steps + 1)), f"counted {self.steps} steps"]
 
+    @property
+    def texts_again(self) -> list[str]:
+        """What the events of the second call say, in order."""
+        return ["step 1", "counted 1 steps"]
+
 
 async def tell(plan: Plan) -> list[str]:
     """Play and tell all scenes; return what is wrong.
@@ -68,37 +73,46 @@ async def tell(plan: Plan) -> list[str]:
     Raises:
         StandstillError: Something did not come.
     """
-    caller = Caller()
-    page.heading("1. A server and a client")
-    async with ServerProcess.started(plan.catalogue, plan.folder / "server.log") as server:
-        async with _connected(plan, server) as (relay, client), _calling(client, caller, plan.steps) as call:
-            await _cut(plan, server, relay, caller)
-            await _return(plan, server, relay, caller)
-            await _finish(plan, server, caller, call)
-            page.heading("4. The server is killed with SIGKILL")
-            await server.kill()
+    caller, again = Caller(), Caller()
+    page.heading("1. Two servers over one store, and a client")
+    async with _server(plan) as server, _server(plan) as other:
+        async with _connected(plan, server, other) as (relay, client):
+            async with _calling(client, caller, plan.steps) as call:
+                await _cut(plan, server, relay, caller)
+                await _return(plan, server, other, relay, caller)
+                await _finish(plan, server, caller, call)
+            await _restart(plan, (server, other), relay, client, again)
         page.line("It could not close or flush anything. What it left on disk:")
         look.show_files(plan.catalogue)
-    page.heading("5. Another process opens the store and replays the call from disk")
+    page.heading("6. Another process opens the store and replays the first call from disk")
     on_disk = await _replay(plan, caller)
-    page.heading("6. Where it lies now")
+    page.heading("7. Where it lies now")
     look.show_files(plan.catalogue)
     page.line()
     look.show_index(plan.catalogue, caller.event_ids.items[plan.cut_after])
-    return problems_in(plan.texts, {"server": server.stored.items, "client": caller.entries(), "disk": on_disk})
+    witnesses = {"server": server.stored.items, "client": caller.entries(), "disk": on_disk}
+    return problems_in(plan.texts, witnesses) + problems_in(plan.texts_again, {"client, again": again.entries()})
+
+
+def _server(plan: Plan) -> contextlib.AbstractAsyncContextManager[ServerProcess]:
+    return ServerProcess.started(plan.catalogue, plan.folder / "server.log")
 
 
 @contextlib.asynccontextmanager
-async def _connected(plan: Plan, server: ServerProcess) -> AsyncGenerator[tuple[Relay, Client]]:
+async def _connected(plan: Plan, server: ServerProcess, other: ServerProcess) -> AsyncGenerator[tuple[Relay, Client]]:
     async with (
         Relay.to(server.port) as relay,
         # Newer revisions of the protocol than this mode speaks have no resume.
         Client(f"http://127.0.0.1:{relay.port}/mcp", mode="legacy") as client,
     ):
         sdk = importlib.metadata.version("mcp")
-        page.fact("server", f"MCP SDK {sdk} and uvicorn, process {server.pid}, port {server.port}")
+        page.fact(
+            "servers",
+            f"MCP SDK {sdk} and uvicorn, process {server.pid}, port {server.port}",
+            f"another one, process {other.pid}, port {other.port}",
+        )
         page.fact("store", str(plan.catalogue), "durability always: an event is on disk before it is sent")
-        page.fact("client", f"the SDK's, through a relay on port {relay.port} that can cut")
+        page.fact("client", f"the SDK's, through a relay on port {relay.port} that can cut and redirect")
         page.fact("logs", "server.log and client.log beside the store")
         # The first call would ask for the tools by itself, and be two requests.
         await client.list_tools()
@@ -134,8 +148,9 @@ async def _cut(plan: Plan, server: ServerProcess, relay: Relay, caller: Caller) 
     )
 
 
-async def _return(plan: Plan, server: ServerProcess, relay: Relay, caller: Caller) -> None:
-    page.heading("3. The client comes back")
+async def _return(plan: Plan, server: ServerProcess, other: ServerProcess, relay: Relay, caller: Caller) -> None:
+    page.heading("3. The client comes back, and arrives at the other server")
+    relay.redirect(other.port)
     relay.let_through()
     await relay.resumes.reaches(1)
     resume = relay.resumes.items[0]
@@ -143,7 +158,7 @@ async def _return(plan: Plan, server: ServerProcess, relay: Relay, caller: Calle
     page.fact("client", f"asks: GET with Last-Event-ID {resume.last_event_id}, which is {last}")
     await _received(caller, plan.back_after)
     took_ms = (time.monotonic() - resume.at) * 1000
-    page.fact("server", f"replays {page.span(plan.cut_after + 1, plan.back_after)} within {took_ms:.0f} ms")
+    page.fact("other", f"replays {page.span(plan.cut_after + 1, plan.back_after)} within {took_ms:.0f} ms")
 
 
 async def _finish(plan: Plan, server: ServerProcess, caller: Caller, call: asyncio.Task[None]) -> None:
@@ -154,6 +169,25 @@ async def _finish(plan: Plan, server: ServerProcess, caller: Caller, call: async
     await call
     await caller.event_ids.reaches(len(caller.texts.items) + 1)
     page.fact("client", f"receives {page.span(plan.back_after + 1, plan.steps)} and the result, live again")
+
+
+async def _restart(
+    plan: Plan, servers: tuple[ServerProcess, ServerProcess], relay: Relay, client: Client, again: Caller
+) -> None:
+    page.heading("4. Both servers are killed with SIGKILL, and one is started again")
+    for server in servers:
+        await server.kill()
+    async with _server(plan) as started:
+        relay.redirect(started.port)
+        page.fact("server", f"process {started.pid}, port {started.port}, knows nothing but what is on disk")
+        async with _calling(client, again, 1) as call:
+            await started.allow(1)
+            await call
+            await again.event_ids.reaches(len(plan.texts_again) + 1)
+        page.fact("client", f"calls the tool in the session that process {servers[0].pid} had opened,")
+        page.fact("", "and receives step 1 and the result, without initializing again")
+        page.heading("5. This server is killed, too")
+        await started.kill()
 
 
 async def _received(caller: Caller, events: int) -> None:
