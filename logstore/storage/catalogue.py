@@ -118,6 +118,7 @@ def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Conn
         timeout=_BUSY_TIMEOUT_S,
     )
     try:
+        _read_schema(connection)
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         if write:
             # The checkpoint deletes journals on the word of a commit.
@@ -126,6 +127,19 @@ def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Conn
         connection.close()
         raise
     return connection
+
+
+def _read_schema(connection: sqlite3.Connection) -> None:
+    """Have SQLite read the schema, and say in its own words when the name in its complaint is no text."""
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+    except UnicodeDecodeError as error:
+        damaged = sqlite3.DatabaseError("malformed database schema, with a name that is no text")
+        damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise damaged from error
+    except sqlite3.DatabaseError:
+        # Whoever asks something is told.
+        return
 
 
 def inspect_file(path: Path, *, look_only: bool = False) -> str:

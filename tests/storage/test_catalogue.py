@@ -456,3 +456,17 @@ def test_a_look_sees_what_was_written_by_somebody_who_came_and_went(path: Path) 
     assert not path.with_name("events.db-wal").exists()
     assert look.totals()[0] == 2
     look.close()
+
+
+def test_a_schema_that_is_no_text_is_damage(path: Path) -> None:
+    new_catalogue(path).close()
+    data = bytearray(path.read_bytes())
+    name = data.find(b"tablejournals", 100) + len(b"table")
+    data[name : name + 8] = b"\x88\xff" * 4
+    statement = data.find(b"CREATE TABLE", name)
+    data[statement : statement + 6] = b"XXXXXX"
+    path.write_bytes(data)
+    assert inspect_file(path) == "damaged"
+    with pytest.raises(sqlite3.DatabaseError) as raised:
+        Catalogue(path).look()
+    assert is_damage(raised.value)
