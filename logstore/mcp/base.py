@@ -98,6 +98,11 @@ class LogEventStore(EventStore):
         """Whether `store_event` raises when the disk fails."""
         return False
 
+    @property
+    def opened(self) -> EventLog | None:
+        """The log, None before its first use and once the store was closed."""
+        return None if self._closed else self._log
+
     @abstractmethod
     async def _open(self) -> EventLog:
         """Make and open the log; called again when it failed."""
@@ -156,7 +161,7 @@ class LogEventStore(EventStore):
             if not called_by_transport():
                 raise
             # An exception would end the transport's router, and every later call of the session would hang.
-            return await store_for_transport(log, name_in_log("", stream_id), stream_id, message)
+            return await log.append(name_in_log("", stream_id), *encode_for_transport(stream_id, message))
 
     async def store_events(self, events: Sequence[tuple[str, Message | None]]) -> list[str]:
         """Store messages in one commit, all or none, and return their ids in the order given.
@@ -222,23 +227,20 @@ class LogEventStore(EventStore):
         return None
 
 
-async def store_for_transport(log: EventLog, name: str, stream_id: str, message: Message | None) -> str:
-    """Store what the SDK's transport sends; where the message cannot be stored, what takes its place.
+def encode_for_transport(stream_id: str, message: Message | None) -> tuple[bytes, int]:
+    """Return the payload and flags of what the SDK's transport sends; where it cannot be stored, what takes its place.
 
     Args:
-        log: Where to.
-        name: Valid name of the stream in the log.
         stream_id: The SDK's id of the stream.
         message: What it sends.
     """
-    # Retention by size waits for the answer of a request; the standalone stream never gets one.
-    request = 0 if split_transport_prefix(stream_id)[1] == STANDALONE_STREAM else FLAG_REQUEST
     try:
         payload, flags = encode(stream_id, message)
-        return await log.append(name, payload, flags | request)
     except InvalidMessageError as problem:
         payload, flags = encode_substitute(message, problem)
-        return await log.append(name, payload, flags | request)
+    # Retention by size waits for the answer of a request; the standalone stream never gets one.
+    request = 0 if split_transport_prefix(stream_id)[1] == STANDALONE_STREAM else FLAG_REQUEST
+    return payload, flags | request
 
 
 async def replay(log: EventLog, stream: str, after: str, send_callback: EventCallback) -> None:

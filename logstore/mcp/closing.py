@@ -7,12 +7,12 @@ worker. `Server.middleware` is where the SDK lets one replace what a handler cal
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mcp.server.context import ServerRequestContext
 
-from logstore.mcp.scope import current_session
+from logstore.mcp.scope import SessionScope, current_session
 from logstore.mcp.sdk import STANDALONE_STREAM
 
 _Close = Callable[[], Awaitable[None]]
@@ -29,25 +29,17 @@ class StreamClosing:
     def __init__(self, end_stream: Callable[[str], Awaitable[None]]) -> None:
         self._end_stream = end_stream
 
-    async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: _Next) -> Any:
+    def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: _Next) -> Awaitable[Any]:
         """Serve one message."""
         session = current_session.get()
-        if session is None or ctx.close_sse_stream is None or ctx.close_standalone_sse_stream is None:
-            return await call_next(ctx)
-        name = session.name_of(str(ctx.request_id))
-        return await call_next(
-            replace(
-                ctx,
-                close_sse_stream=self._both(ctx.close_sse_stream, name),
-                close_standalone_sse_stream=self._both(
-                    ctx.close_standalone_sse_stream, session.name_of(STANDALONE_STREAM)
-                ),
+        if session is not None and ctx.close_sse_stream is not None and ctx.close_standalone_sse_stream is not None:
+            # In place, and without a coroutine of its own: this runs for every request, and few tools close anything.
+            ctx.close_sse_stream = partial(self._close, ctx.close_sse_stream, session, str(ctx.request_id))
+            ctx.close_standalone_sse_stream = partial(
+                self._close, ctx.close_standalone_sse_stream, session, STANDALONE_STREAM
             )
-        )
+        return call_next(ctx)
 
-    def _both(self, close: _Close, name: str) -> _Close:
-        async def close_everywhere() -> None:
-            await close()
-            await self._end_stream(name)
-
-        return close_everywhere
+    async def _close(self, close: _Close, session: SessionScope, stream_id: str) -> None:
+        await close()
+        await self._end_stream(session.name_of(stream_id))

@@ -101,14 +101,16 @@ class Connection:
         if self._again:
             self._again = False
             return {"type": "http.request", "body": self.body, "more_body": False}
+        if not self.received:
+            message = await self._receive()
+            self._take(message)
+            return message
         if self.ended:
             return _DISCONNECT
+        # Only that the client is gone can come now.
         with anyio.CancelScope() as scope:
             self._receiving = scope
-            message = await self._receive()
-            if not self.received:
-                self._take(message)
-            return message
+            return await self._receive()
         return _DISCONNECT
 
     def _take(self, message: Message) -> None:

@@ -170,7 +170,7 @@ class ResumeLayer:
                 await connection.finish(b"id: %b\r\ndata: \r\n\r\n" % primed.encode())
             if connection.status >= 400 or not connection.status:
                 # It was refused; nothing runs.
-                session.running.discard(connection.stream)
+                session.refused(connection.stream)
 
     async def _serve(self, session_id: str, scope: Scope, connection: Connection) -> None:
         """Serve a request of a session, here or where its owner is."""

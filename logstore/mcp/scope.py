@@ -38,7 +38,7 @@ class SessionScope:
         closed: Whether nothing is stored for it any more: another process may serve it now.
     """
 
-    __slots__ = ("_text_ids", "closed", "prefix", "primed", "running", "token", "unrecorded")
+    __slots__ = ("_names", "_text_ids", "closed", "prefix", "primed", "running", "token", "unrecorded")
 
     def __init__(self, token: str | None = None) -> None:
         self.token = token or secrets.token_hex(_TOKEN_BYTES)
@@ -48,6 +48,8 @@ class SessionScope:
         self.unrecorded: str | None = None
         self.closed = False
         self._text_ids: set[str] = set()
+        # Of streams whose request is running: names are asked for with every event.
+        self._names: dict[str, str] = {}
 
     def begin(self, request_id: RequestId) -> str:
         """Note a request that was sent, and return the name of its stream."""
@@ -56,12 +58,27 @@ class SessionScope:
             self._text_ids.add(stream_id)
         elif self._text_ids:
             self._text_ids.discard(stream_id)
-        name = self.name_of(stream_id)
+        self._names.pop(stream_id, None)
+        name = self._names[stream_id] = self.name_of(stream_id)
         self.running.add(name)
         return name
 
+    def answered(self, stream_id: str, name: str) -> None:
+        """Note that a request was answered."""
+        self.running.discard(name)
+        self._names.pop(stream_id, None)
+
+    def refused(self, name: str) -> None:
+        """Note that the SDK did not take a request."""
+        self.running.discard(name)
+        for stream_id in [each for each, known in self._names.items() if known == name]:
+            del self._names[stream_id]
+
     def name_of(self, stream_id: str) -> str:
         """Return the name in the log of a stream of this session; never fails, since clients choose request ids."""
+        known = self._names.get(stream_id)
+        if known is not None:
+            return known
         if stream_id in self._text_ids and len(stream_id) + len(self.prefix) + len(_TEXT) <= MAX_STREAM_BYTES:
             return f"{self.prefix}{_TEXT}{stream_id}"
         return name_in_log(self.prefix, stream_id)

@@ -7,7 +7,7 @@ import logging
 from mcp.server.streamable_http import EventStore
 from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCResponse
 
-from logstore.mcp.base import EventCallback, LogEventStore, store_for_transport
+from logstore.mcp.base import EventCallback, LogEventStore, encode_for_transport
 from logstore.mcp.scope import SessionScope, current_session
 from logstore.mcp.sdk import split_transport_prefix
 
@@ -43,15 +43,16 @@ class ScopedEventStore(EventStore):
             return ""
         name = session.name_of(stream_id)
         try:
-            log = await self._store.log()
-            event_id = await store_for_transport(log, name, stream_id, message)
+            log = self._store.opened or await self._store.log()
+            payload, flags = encode_for_transport(stream_id, message)
+            event_id = await log.append(name, payload, flags)
         except Exception:
             logger.exception("an event of stream %r was sent without being stored", stream_id[:80])
             event_id = ""
         if message is None:
             session.primed[name] = event_id
         elif isinstance(message, JSONRPCResponse | JSONRPCError):
-            session.running.discard(name)
+            session.answered(stream_id, name)
         return event_id
 
     async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
