@@ -477,17 +477,20 @@ class OpenStore:
         Args:
             empty: Whether all events of the lane are in segments, so that its ids may begin at the clock next time.
         """
-        with self.checkpoint_lock():
-            with contextlib.suppress(OSError, sqlite3.Error):
-                # What cannot be sealed now is taken as it is by the next opening.
-                self.segments.close()
-            self.catalogue.close()
-        if empty:
-            with contextlib.suppress(OSError):
-                self.lane.settle()
-        self.lane.end()
-        self.registry.close()
-        self._store_lock.release()
+        with contextlib.ExitStack() as rest:
+            # Also when the disk does not even give a lock.
+            rest.callback(self._store_lock.release)
+            rest.callback(self.registry.close)
+            rest.callback(self.lane.end)
+            rest.callback(self.catalogue.close)
+            with self.checkpoint_lock():
+                with contextlib.suppress(OSError, sqlite3.Error):
+                    # What cannot be sealed now is taken as it is by the next opening.
+                    self.segments.close()
+                self.catalogue.close()
+            if empty:
+                with contextlib.suppress(OSError):
+                    self.lane.settle()
 
 
 def _beside(path: Path, suffix: str) -> Path:
