@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -58,6 +59,10 @@ def sweep() -> None:
 def _remove(path: Path, lock: Lock | None, owner: int) -> None:
     # A forked child runs the same exit handlers; the folder is its parent's.
     if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
+        # Threads of a store that nobody closed may be writing: under another name they find it no more.
+        gone = path.with_name(f"{path.name}-gone")
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         if lock is not None:
             lock.release()
