@@ -464,7 +464,7 @@ def test_a_schema_that_is_no_text_is_damage(path: Path) -> None:
     name = data.find(b"tablejournals", 100) + len(b"table")
     data[name : name + 8] = b"\x88\xff" * 4
     statement = data.find(b"CREATE TABLE", name)
-    data[statement : statement + 6] = b"XXXXXX"
+    data[statement : statement + 6] = b"SHATTR"
     path.write_bytes(data)
     assert inspect_file(path) == "damaged"
     with pytest.raises(sqlite3.DatabaseError) as raised:
