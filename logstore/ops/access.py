@@ -16,7 +16,8 @@ from typing import Self
 from logstore.config import DEFAULT_DB_PATH
 from logstore.errors import DamageError, GapError, NotAStoreError, StoreLockedError
 from logstore.ops.index_errors import index_errors
-from logstore.storage.catalogue import Catalogue, StreamSummary, inspect_file
+from logstore.storage.catalogue import Catalogue, StreamSummary
+from logstore.storage.database import inspect_file
 from logstore.storage.files import Disk, Lock, lock_holders
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_REGISTRY, KIND_SEGMENT, decode_header, frame_seed

@@ -25,9 +25,9 @@ from logstore.ops.statistics_index import (
     indexed_figures,
 )
 from logstore.ops.transfer.event_json import iso_time
-from logstore.storage.figures import Figures, ProcessStats, is_lane_held, read_figures
+from logstore.storage.figures import Figures, ProcessStats, read_figures
 from logstore.storage.files import Disk, lock_holders
-from logstore.storage.lane import Marks, lane_folders
+from logstore.storage.lane import Marks, is_held, lane_folders
 
 Status = Literal["ok", "degraded", "failed"]
 
@@ -202,7 +202,7 @@ def store_statistics(path: Path, *, per_stream: bool = True, disk: Disk | None =
 
 def _processes(disk: Disk, root: Path, now_us: int) -> Iterator[Process]:
     for number, folder in lane_folders(disk, root):
-        alive = is_lane_held(disk, folder)
+        alive = is_held(disk, folder)
         figures = read_figures(disk, folder)
         if figures is not None and (not alive or figures.incarnation == _incarnation(disk, folder)):
             yield _process(number, alive, figures, now_us)

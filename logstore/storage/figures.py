@@ -143,19 +143,6 @@ def read_figures(disk: Disk, folder: Path) -> Figures | None:
         disk.close(fd)
 
 
-def is_lane_held(disk: Disk, folder: Path) -> bool:
-    """Whether a process has the store open on this lane."""
-    try:
-        # Shared, so that two who ask do not take each other for the holder.
-        lock = disk.lock(folder / "lock", shared=True, create=False)
-    except FileNotFoundError:
-        return False
-    if lock is None:
-        return True
-    lock.release()
-    return False
-
-
 class Publisher:
     """Publishes the figures of one open log every few seconds while they change. Used on the event loop.
 

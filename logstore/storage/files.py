@@ -111,6 +111,14 @@ class Disk:
             done += len(data)
         return b"".join(pieces)
 
+    def read_file(self, path: Path) -> bytes:
+        """Return all bytes of a file."""
+        fd = self.open(path)
+        try:
+            return self.read(fd, self.size(fd), 0)
+        finally:
+            self.close(fd)
+
     def size(self, fd: int) -> int:
         """Return the length of an open file in bytes."""
         return os.fstat(fd).st_size

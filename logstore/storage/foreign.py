@@ -16,15 +16,13 @@ from logstore.errors import DamageError
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES
 from logstore.storage.journal import JournalReader, read_header
-from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path, lane_folders
+from logstore.storage.lane import END_OF_FILE, Marks, Place, journal_ordinals, journal_path, lane_folders
 from logstore.storage.record import decode_frame, iter_frames
 
 _COLLECTS: Final = 1_000
 """Tries at two equal looks at all marks; each look is microseconds, a commit hundreds of them."""
 
 
-_END_OF_FILE: Final = 0xFFFFFFFF
-"""An offset behind everything that a mark can name."""
 _MOST_GROWN: Final = 10_000
 """Most streams to remember as grown; past that all are said to have."""
 _CLOCK_TICK_NS: Final = 1_000_000_000
@@ -104,7 +102,7 @@ class _Lane:
         """Up to where the lane may be read."""
         if self._look_only and not self.marks.valid:
             # Nobody has recovered it since the machine was restarted, nor will who only looks: what is whole counts.
-            return Place(max(self.journals, default=0), _END_OF_FILE)
+            return Place(max(self.journals, default=0), END_OF_FILE)
         return self.marks.visible
 
     def pin(self) -> set[str]:

@@ -16,7 +16,8 @@ from operator import eq, gt
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from logstore.storage.catalogue import Catalogue, Extent, SegmentRow, inspect_file
+from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
+from logstore.storage.database import inspect_file
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
 from logstore.storage.scan import Events, SegmentScan, scan_file

@@ -49,6 +49,8 @@ class Place(NamedTuple):
 
 
 NOWHERE: Final = Place(0, 0)
+END_OF_FILE: Final = 0xFFFFFFFF
+"""An offset behind everything that a mark can name."""
 
 
 @functools.cache
@@ -156,6 +158,19 @@ class Marks:
 
 def _place(word: int) -> Place:
     return Place(word >> 32, word & 0xFFFFFFFF)
+
+
+def is_held(disk: Disk, folder: Path) -> bool:
+    """Whether a process has the store open on this lane."""
+    try:
+        # Shared, so that two who ask do not take each other for the holder.
+        lock = disk.lock(folder / "lock", shared=True, create=False)
+    except FileNotFoundError:
+        return False
+    if lock is None:
+        return True
+    lock.release()
+    return False
 
 
 def journal_ordinals(disk: Disk, folder: Path) -> list[int]:

@@ -20,13 +20,13 @@ from logstore.errors import DamageError, GapError, StoreClosedError, UnknownEven
 from logstore.storage.catalogue import StreamSummary
 from logstore.storage.checkpointer import Checkpointer
 from logstore.storage.commit import Failure, GroupCommit
-from logstore.storage.figures import Health, LogStats, ProcessStats, Publisher, is_lane_held
+from logstore.storage.figures import Health, LogStats, ProcessStats, Publisher
 from logstore.storage.files import Disk
 from logstore.storage.follow import Followers
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import parse_event_id
-from logstore.storage.lane import lane_folders
+from logstore.storage.lane import is_held, lane_folders
 from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
@@ -363,7 +363,7 @@ class Log:
             segment_bytes=segment_bytes,
             journal_bytes=_size_of(store.lane.folder.glob("*.journal")),
             database_bytes=_size_on_disk(self.path, store.root),
-            open_lanes=1 + sum(is_lane_held(self._disk, folder) for folder in folders),
+            open_lanes=1 + sum(is_held(self._disk, folder) for folder in folders),
         )
 
     def _process_stats(self, parts: _Parts) -> ProcessStats:

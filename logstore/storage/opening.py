@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Final
 
 from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, StoreLockedError, WriteFailedError
-from logstore.storage.catalogue import Catalogue, inspect_file, is_damage
+from logstore.storage.catalogue import Catalogue
 from logstore.storage.checkpoint import Journal, SegmentStore
+from logstore.storage.database import inspect_file, is_damage
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
 from logstore.storage.indexing import SQLITE_FILES, BytesDone, Indexed, make_index, reindex, silent
-from logstore.storage.lane import Lane, Marks, journal_ordinals, journal_path, lane_folders, read_reservation
+from logstore.storage.lane import Lane, Marks, is_held, journal_ordinals, journal_path, lane_folders, read_reservation
 from logstore.storage.recovery import adopt_lane
 from logstore.storage.registry import Registry
 from logstore.storage.replacement import finish_replacing, is_replacing, remove_waste
@@ -437,12 +438,7 @@ class OpenStore:
             return False
         if incarnation == self.lane.incarnation:
             return True
-        # Shared, so that two who ask do not take each other for the owner.
-        lock = self.disk.lock(folder / "lock", shared=True)
-        if lock is None:
-            return True
-        lock.release()
-        return False
+        return is_held(self.disk, folder)
 
     def recover_lane_of(self, dead: int) -> None:
         """Return when everything that a dead opening left is in segments, whoever brings it there.

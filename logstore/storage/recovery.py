@@ -9,7 +9,6 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import Final
 
 from logstore.errors import DamageError
 from logstore.storage.catalogue import Catalogue
@@ -17,15 +16,12 @@ from logstore.storage.checkpoint import Journal, SegmentStore
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header
 from logstore.storage.journal import JournalScan, scan_headless, scan_journal
-from logstore.storage.lane import Marks, Place, journal_ordinals, journal_path, remove_unpublished
+from logstore.storage.lane import END_OF_FILE, Marks, Place, journal_ordinals, journal_path, remove_unpublished
 from logstore.storage.record import decode_frame
 from logstore.storage.scan import read_from_device
 from logstore.storage.tail import Run
 
 logger = logging.getLogger("logstore")
-
-_END_OF_FILE: Final = 0xFFFFFFFF
-"""An offset behind everything that a mark can name."""
 
 
 def adopt_lane(
@@ -71,7 +67,7 @@ def _show_adopted(disk: Disk, folder: Path, ordinal: int) -> None:
     """Move the lane's mark, so that who follows looks again: the dead process may have died before it moved it."""
     with contextlib.closing(Marks(disk, folder)) as marks:
         if marks.valid:
-            marks.show(ordinal, _END_OF_FILE)
+            marks.show(ordinal, END_OF_FILE)
 
 
 def _witnesses(disk: Disk, folder: Path) -> list[Place]:
@@ -81,7 +77,7 @@ def _witnesses(disk: Disk, folder: Path) -> list[Place]:
     batches also where they were not synced.
     """
     with contextlib.closing(Marks(disk, folder)) as marks:
-        return [place for place in (marks.durable, marks.visible) if place.offset != _END_OF_FILE]
+        return [place for place in (marks.durable, marks.visible) if place.offset != END_OF_FILE]
 
 
 def _ends_by_successor(disk: Disk, folder: Path, ordinals: list[int]) -> dict[int, int]:

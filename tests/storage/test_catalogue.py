@@ -13,16 +13,8 @@ import pytest
 from sqlite_utils import Database
 
 from logstore.errors import FormatVersionError, NotAStoreError
-from logstore.storage.catalogue import (
-    Catalogue,
-    EventRow,
-    Extent,
-    SegmentRow,
-    StreamRuns,
-    connect,
-    inspect_file,
-    is_damage,
-)
+from logstore.storage.catalogue import Catalogue, EventRow, Extent, SegmentRow, StreamRuns
+from logstore.storage.database import connect, inspect_file, is_damage
 from logstore.storage.files import Disk
 from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION
 

@@ -11,8 +11,9 @@ import pytest
 
 from logstore.errors import DamageError, WriteFailedError
 from logstore.storage import Log
-from logstore.storage.figures import is_lane_held, read_figures
+from logstore.storage.figures import read_figures
 from logstore.storage.files import Disk
+from logstore.storage.lane import is_held
 from tests.engine import deadline, eventually, in_segments, process, small
 from tests.storage.disks import Fault, FaultyDisk
 
@@ -122,9 +123,9 @@ async def test_a_killed_process_leaves_its_figures_and_a_free_lane_until_that_is
     with process(HOLD, tmp_path / "events.db") as holder:
         await holder.line()
         await eventually(lambda: read_figures(Disk(), folder), "published")
-        assert is_lane_held(Disk(), folder)
+        assert is_held(Disk(), folder)
         holder.kill()
-        assert not is_lane_held(Disk(), folder)
+        assert not is_held(Disk(), folder)
         left = read_figures(Disk(), folder)
         assert left is not None
         assert left.pid == holder.pid

@@ -18,7 +18,8 @@ from typing import Final, NamedTuple
 
 from logstore.errors import DamageError
 from logstore.ops.backup.manifest import LaneMark
-from logstore.storage.catalogue import Catalogue, connect
+from logstore.storage.catalogue import Catalogue
+from logstore.storage.database import connect
 from logstore.storage.files import Disk
 from logstore.storage.journal import read_header
 from logstore.storage.lane import NOWHERE, Marks, Place, journal_ordinals, journal_path, lane_folders, read_reservation
@@ -102,7 +103,7 @@ def take_cut(store: OpenStore, held: contextlib.ExitStack) -> Cut:
             mark for number, folder, place in visible for mark in _journals(disk, number, folder, place, done, held)
         ]
         begun = datetime.now(UTC)
-        registry = _read_whole(disk, store.root / "registry.log")
+        registry = disk.read_file(store.root / "registry.log")
     return Cut(begun, [SegmentMark(*row) for row in sorted(rows)], journals, registry, lanes, catalogue)
 
 
@@ -157,14 +158,6 @@ def _journals(
     for ordinal, fd in opened.items():
         if (number, ordinal) not in done:
             yield JournalMark(f"lanes/{folder.name}/{journal_path(folder, ordinal).name}", fd, ends.get(ordinal))
-
-
-def _read_whole(disk: Disk, path: Path) -> bytes:
-    fd = disk.open(path)
-    try:
-        return disk.read(fd, disk.size(fd), 0)
-    finally:
-        disk.close(fd)
 
 
 def count_live(catalogue: sqlite3.Connection) -> int:

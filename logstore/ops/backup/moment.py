@@ -41,7 +41,7 @@ def cut_off(disk: Disk, root: Path, store_id: int, until: datetime) -> int:
     first_late: dict[str, int] = {}
     newest: dict[Path, int] = {}
     for path in (*segments, *journals):
-        for frame in _frames(_read(disk, path), path, journals, seed):
+        for frame in _frames(disk.read_file(path), path, journals, seed):
             stamp = decode_stamp(frame)
             newest[path] = max(newest.get(path, 0), stamp.id)
             if stamp.time_us > until_us:
@@ -55,7 +55,7 @@ def cut_off(disk: Disk, root: Path, store_id: int, until: datetime) -> int:
     for path in (*segments, *journals):
         if newest.get(path, 0) < earliest and path.parent not in changed:
             continue
-        data = _read(disk, path)
+        data = disk.read_file(path)
         frames = list(_frames(data, path, journals, seed))
         kept = [frame for frame in frames if _is_kept(frame, first_late)]
         removed += len(frames) - len(kept)
@@ -77,14 +77,6 @@ def _is_kept(frame: bytes, first_late: dict[str, int]) -> bool:
     stamp = decode_stamp(frame)
     late = first_late.get(stamp.stream)
     return late is None or stamp.id < late
-
-
-def _read(disk: Disk, path: Path) -> bytes:
-    fd = disk.open(path)
-    try:
-        return disk.read(fd, disk.size(fd), 0)
-    finally:
-        disk.close(fd)
 
 
 def _frames(data: bytes, path: Path, journals: dict[Path, int], seed: int) -> Iterator[bytes]:

@@ -20,7 +20,8 @@ from logstore.ops.backup.manifest import Manifest, StoredFile, missing_objects, 
 from logstore.ops.backup.moment import cut_off
 from logstore.ops.backup.pool import MANIFEST_SUFFIX, FolderTarget, OtherBytesError, Target, verified
 from logstore.ops.progress import Progress, silent
-from logstore.storage.catalogue import Catalogue, connect, inspect_file
+from logstore.storage.catalogue import Catalogue
+from logstore.storage.database import connect, inspect_file
 from logstore.storage.files import Disk
 from logstore.storage.indexing import make_index
 from logstore.storage.lane import Reservation, first_reservation, lane_folders, read_reservation

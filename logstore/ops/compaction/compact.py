@@ -22,7 +22,8 @@ from logstore.ops.compaction.retention import Dropped, drop, planned
 from logstore.ops.compaction.rewrite import OWN_FILE_BYTES, Moving, Rewriter
 from logstore.ops.compaction.sweep import Swept, remove_unpublished_segments, sweep
 from logstore.ops.progress import Progress, silent
-from logstore.storage.catalogue import Extent, connect
+from logstore.storage.catalogue import Extent
+from logstore.storage.database import connect
 from logstore.storage.files import Disk, is_disk_full, lock_holders
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
 from logstore.storage.opening import OpenStore, log_folder, reserve_path

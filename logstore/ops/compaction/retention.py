@@ -12,7 +12,8 @@ from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Final, NamedTuple
 
-from logstore.storage.catalogue import connect, iso_now
+from logstore.storage.catalogue import iso_now
+from logstore.storage.database import connect
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import Retention
 from logstore.storage.record import FLAG_FINAL, FLAG_REQUEST

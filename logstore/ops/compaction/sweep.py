@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from logstore.ops.progress import Progress
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 from logstore.storage.ids import MAX_ID
 from logstore.storage.opening import OpenStore
 from logstore.storage.segment import UNPUBLISHED, segment_path

@@ -27,7 +27,7 @@ import msgspec
 
 from logstore.errors import DamageError, NotAStoreError
 from logstore.ops.transfer.event_json import is_json_rpc, message_of, time_us_of
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 from logstore.storage.record import FLAG_MODEL, FLAG_PRIMING, MAX_BODY_BYTES, check_stream_name
 from logstore.storage.schema import APPLICATION_ID
 

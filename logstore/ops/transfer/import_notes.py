@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from typing import Final
 
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
 from logstore.storage.opening import OpenStore
@@ -47,14 +47,10 @@ def remake_imports(store: OpenStore, disk: Disk) -> int:
     seed = frame_seed(store.store_id)
     for number in segment_numbers(disk, store.root):
         try:
-            fd = disk.open(segment_path(store.root, number))
+            data = disk.read_file(segment_path(store.root, number))
         except FileNotFoundError:
             # Retention was faster.
             continue
-        try:
-            data = disk.read(fd, disk.size(fd), 0)
-        finally:
-            disk.close(fd)
         frames = (frame for _, frame in salvage_frames(data, seed) if decode_stamp(frame).flags & FLAG_IMPORTED)
         events = [(origin_of(event), event.id) for event in map(decode_frame, frames)]
         rows = [(*origin, event_id) for origin, event_id in events if origin is not None]

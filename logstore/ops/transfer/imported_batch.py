@@ -17,12 +17,12 @@ from typing import Any, Final, NamedTuple
 from logstore.ops.transfer.foreign_databases import ForeignEvent
 from logstore.ops.transfer.import_notes import BEFORE, Origin, note_origins, origin_of, remake_imports
 from logstore.ops.transfer.import_sources import Found, LeftOut
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import frame_seed
 from logstore.storage.ids import later
-from logstore.storage.lane import lane_folders, read_reservation
+from logstore.storage.lane import is_held, lane_folders, read_reservation
 from logstore.storage.opening import OpenStore
 from logstore.storage.origin import encode_origin, split_origin
 from logstore.storage.record import (
@@ -336,13 +336,8 @@ def _meaning(event: Event) -> object:
 
 def others_open(store: OpenStore, disk: Disk) -> bool:
     """Whether another lane of the store is in use."""
-    for number, folder in lane_folders(disk, store.root):
-        if number != store.lane.number:
-            lock = disk.lock(folder / "lock", shared=True)
-            if lock is None:
-                return True
-            lock.release()
-    return False
+    lanes = lane_folders(disk, store.root)
+    return any(number != store.lane.number and is_held(disk, folder) for number, folder in lanes)
 
 
 def announce(store: OpenStore, disk: Disk) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from logstore.errors import ConfigurationError, DamageError
 from logstore.ops.access import StoreView
 from logstore.ops.transfer.event_json import time_us_of
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 
 Moment = str | datetime | None
 """A time: ISO 8601 text, UTC when it names no zone, or a `datetime`."""

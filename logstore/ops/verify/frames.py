@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Final
 
 import google_crc32c
 import msgspec
 
-from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES
 from logstore.storage.record import FRAME_HEADER, Stamp, salvage_frames
 
 _decode: Final = msgspec.msgpack.Decoder(Stamp).decode
-
-
-def read_whole(disk: Disk, path: Path) -> bytes:
-    """Return a file's bytes."""
-    fd = disk.open(path)
-    try:
-        return disk.read(fd, disk.size(fd), 0)
-    finally:
-        disk.close(fd)
 
 
 class Frames:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from logstore.storage.catalogue import connect
+from logstore.storage.database import connect
 
 _KEYS_A_STATEMENT: Final = 250
 _PATIENCE: Final = 100

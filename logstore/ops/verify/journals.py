@@ -9,7 +9,6 @@ from typing import Final, NamedTuple
 import google_crc32c
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify.frames import read_whole
 from logstore.ops.verify.ledger import JournalEvent
 from logstore.ops.verify.report import Finding, found
 from logstore.ops.verify.segments import Spot
@@ -23,10 +22,18 @@ from logstore.storage.journal import (
     scan_headless,
     scan_journal,
 )
-from logstore.storage.lane import NOWHERE, Marks, Place, journal_ordinals, journal_path, read_reservation
+from logstore.storage.lane import (
+    END_OF_FILE,
+    NOWHERE,
+    Marks,
+    Place,
+    is_held,
+    journal_ordinals,
+    journal_path,
+    read_reservation,
+)
 from logstore.storage.record import FRAME_HEADER, decode_stamp, iter_frames
 
-_END_OF_FILE: Final = 0xFFFFFFFF
 _MARKS_USED: Final = 40
 STATE_SLOT_BYTES: Final = 28
 _STATE_FIELDS: Final = 24
@@ -107,22 +114,12 @@ class LaneLook:
         return LaneCheck(len(self._sizes), sum(self._sizes.values()), self._events, self._unknown, self._findings)
 
     def _signs(self) -> _Signs:
-        alive = self._is_held()
+        alive = is_held(self._disk, self._folder)
         try:
             with contextlib.closing(Marks(self._disk, self._folder, look_only=True)) as marks:
                 return _Signs(alive, marks.incarnation == 0, marks.visible, marks.durable)
         except FileNotFoundError:
             return _Signs(alive, True, NOWHERE, NOWHERE)
-
-    def _is_held(self) -> bool:
-        try:
-            lock = self._disk.lock(self._folder / "lock", shared=True, create=False)
-        except FileNotFoundError:
-            return False
-        if lock is None:
-            return True
-        lock.release()
-        return False
 
     def _ends(self, ordinals: list[int]) -> dict[int, int]:
         """Return where files end, as the header of the file that followed each says."""
@@ -175,7 +172,7 @@ class LaneLook:
 
     def _read(self, path: Path) -> bytes:
         if not self._quick:
-            return read_whole(self._disk, path)
+            return self._disk.read_file(path)
         fd = self._disk.open(path)
         try:
             return self._disk.read(fd, HEADER_BYTES, 0)
@@ -190,7 +187,7 @@ class LaneLook:
             return [found("damage", path, str(error), 0, HEADER_BYTES)]
         if self._quick:
             return []
-        if end == _END_OF_FILE:
+        if end == END_OF_FILE:
             end = None
         events, whole = self._whole_batches(path, data, header, end)
         self._events += events
@@ -216,7 +213,7 @@ class LaneLook:
         witness = end or 0
         if signs.durable.ordinal == ordinal:
             witness = max(witness, signs.durable.offset)
-        if end is None and signs.visible.ordinal == ordinal and signs.visible.offset != _END_OF_FILE:
+        if end is None and signs.visible.ordinal == ordinal and signs.visible.offset != END_OF_FILE:
             # The machine has not been restarted since: what was handed to it is there.
             witness = max(witness, signs.visible.offset)
         if self._quick:
@@ -273,7 +270,7 @@ class LaneLook:
 
     def _bad_slots(self, path: Path) -> list[int]:
         try:
-            data = read_whole(self._disk, path)
+            data = self._disk.read_file(path)
         except FileNotFoundError:
             return []
         self._sizes[_STATE] = len(data)
@@ -283,7 +280,7 @@ class LaneLook:
         """Check what a dead lane's marks say against what there can be."""
         path = self._folder / "marks"
         try:
-            data = read_whole(self._disk, path)
+            data = self._disk.read_file(path)
             with contextlib.closing(Marks(self._disk, self._folder, look_only=True)) as marks:
                 durable, incarnation = marks.durable, marks.incarnation
         except FileNotFoundError:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import msgspec
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify.frames import read_whole
 from logstore.ops.verify.report import Finding, found
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, decode_header
@@ -49,7 +48,7 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogu
     """Read the registry, and compare it with a copy that was taken before."""
     path = root / "registry.log"
     try:
-        data = read_whole(disk, path)
+        data = disk.read_file(path)
     except FileNotFoundError:
         return RegistryCheck(0, [found("registry", path, "the registry is gone: its sessions are lost")])
     except OSError as error:

@@ -21,7 +21,6 @@ from logstore.ops.access import StoreView, open_existing
 from logstore.ops.backup.pool import FolderTarget, default_backups, wait_for_lock
 from logstore.ops.progress import Progress, silent
 from logstore.ops.verify.backups import check_backups
-from logstore.ops.verify.frames import read_whole
 from logstore.ops.verify.index import Index
 from logstore.ops.verify.journals import STATE_SLOT_BYTES, bad_slots
 from logstore.ops.verify.losses import Losses, iso_moment, lost_runs, record_losses
@@ -145,7 +144,7 @@ def _mend_registry(path: Path, disk: Disk) -> list[str]:
         raise DamageError(place, 0, 0, "no file says which store this is: restore a backup")
     with wait_for_lock(disk, root / "registry.lock", shared=False):
         try:
-            data = read_whole(disk, place)
+            data = disk.read_file(place)
         except FileNotFoundError:
             disk.publish(place, encode_registry(store_id, ()))
             return [f"{place}: begun again, all sessions are lost"]
@@ -189,7 +188,7 @@ def _mend_lane(store: OpenStore, folder: Path) -> list[str]:
     disk.make_folder(aside)
     with lock:
         now = time.time_ns()
-        state, marks = read_whole(disk, folder / "state"), read_whole(disk, folder / "marks")
+        state, marks = disk.read_file(folder / "state"), disk.read_file(folder / "marks")
         disk.publish(aside / f"lane-{folder.name}-state-{now}", state)
         disk.publish(aside / f"lane-{folder.name}-marks-{now}", marks)
         _overwrite(disk, folder / "state", [(offset, STATE_SLOT_BYTES) for offset in bad_slots(state)])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore.errors import StoreLockedError
-from logstore.ops.verify.frames import read_whole
 from logstore.ops.verify.index import Index, places, rows_of, segment_row, streams
 from logstore.ops.verify.losses import Losses, iso_moment, lost_runs, record_losses
 from logstore.ops.verify.report import Finding
@@ -126,7 +125,7 @@ def _refuse_while_written(store: OpenStore, number: int) -> None:
 def _bytes_left(store: OpenStore, path: Path) -> bytes:
     """Return what can be read of a file, with zeros in the place of what the disk does not give."""
     try:
-        return read_whole(store.disk, path)
+        return store.disk.read_file(path)
     except FileNotFoundError:
         return b""
     except OSError:

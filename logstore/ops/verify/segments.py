@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from logstore.errors import DamageError, FormatVersionError
-from logstore.ops.verify.frames import Frames, read_whole
+from logstore.ops.verify.frames import Frames
 from logstore.ops.verify.index import IndexedEvent, Place, SegmentRow, places, rows_of, segment_row, streams
 from logstore.ops.verify.report import Finding, found
 from logstore.storage.catalogue import Extent
@@ -89,7 +89,7 @@ def check_segment(
     if row is not None and row.dropped == 1:
         return None
     try:
-        data = read_whole(disk, path)
+        data = disk.read_file(path)
     except FileNotFoundError:
         if row is None or connection is None:
             return None
