@@ -33,6 +33,7 @@ from logstore.storage.segment import segment_path
 logger = logging.getLogger("logstore")
 
 _READ_BYTES: Final = 256 << 10
+_MOST_SURPLUS: Final = 1_000
 _EXTENTS: Final = 64
 
 _T = TypeVar("_T")
@@ -61,6 +62,13 @@ class _Found(NamedTuple):
     hole: _Hole | None = None
 
 
+class _Surplus(NamedTuple):
+    """How many of a run's first events are too many, and the last of them."""
+
+    events: int
+    last_id: int
+
+
 class Reader:
     """Reads what is on disk; used by one thread at a time.
 
@@ -82,6 +90,7 @@ class Reader:
         self._foreign = foreign
         self._seed = seed
         self._retention = retention
+        self._surplus: dict[Extent, _Surplus] = {}
 
     def stream_of(self, event_id: int) -> str | None:
         """Return the stream of an event that is not in the own tail."""
@@ -176,9 +185,22 @@ class Reader:
             if surplus == extent.events and extent.last_time_us < young_us:
                 return extent.last_id
             if surplus > 0 and extent.first_time_us < young_us:
-                found, _ = self._extent(extent, stream, 0, surplus)
-                return max((event.id for event in found[:surplus] if event.time_us < young_us), default=0)
+                return self._surplus_of(stream, extent, surplus, young_us)
         return 0
+
+    def _surplus_of(self, stream: str, extent: Extent, surplus: int, young_us: int) -> int:
+        """Return the last id of the first events of a run that are too many, and not young."""
+        known = self._surplus.get(extent)
+        if known is not None and known.events == surplus:
+            return known.last_id
+        found, _ = self._extent(extent, stream, 0, surplus)
+        old = [event.id for event in found[:surplus] if event.time_us < young_us]
+        if len(old) == surplus:
+            # Or they would be read for each page. Those that are young now are looked at again.
+            if len(self._surplus) >= _MOST_SURPLUS:
+                self._surplus.clear()
+            self._surplus[extent] = _Surplus(surplus, old[-1])
+        return max(old, default=0)
 
     def _newest_first(self, stream: str) -> Iterator[Extent]:
         below = MAX_ID

@@ -18,6 +18,7 @@ from logstore.storage.options import Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import Event, encode_frame
 from logstore.storage.tail import Run
+from tests.storage.disks import FaultyDisk
 
 STORE_ID = 8
 SEED = frame_seed(STORE_ID)
@@ -69,8 +70,8 @@ def test_a_predecessor_before_what_the_reader_holds_is_no_hole() -> None:
 class Shelf:
     """Segments, a catalogue and a reader over them."""
 
-    def __init__(self, root: Path) -> None:
-        disk = Disk()
+    def __init__(self, root: Path, disk: Disk | None = None, retention: Retention | None = None) -> None:
+        disk = disk or Disk()
         for folder in ("lanes", "segments"):
             disk.make_folder(root / folder)
         self.catalogue = Catalogue(root / "events.db")
@@ -86,7 +87,7 @@ class Shelf:
             segment_bytes=1 << 20,
         )
         self._foreign = Foreign(disk, root, 0)
-        self._reader = Reader(disk, root, self.catalogue, self._foreign, SEED, Retention())
+        self._reader = Reader(disk, root, self.catalogue, self._foreign, SEED, retention or Retention())
 
     def store(self, **streams: list[int]) -> None:
         """Checkpoint events with these ids, the streams of one call together."""
@@ -145,3 +146,19 @@ def test_runs_that_overlap_are_merged(shelf: Shelf) -> None:
     shelf.store(a=[1, 4, 7])
     shelf.store(a=[2, 5, 8])
     assert [each for _, each in shelf.read("a")] == [1, 2, 4, 5, 7, 8]
+
+
+def test_events_beyond_the_limit_are_read_once_and_not_for_each_page(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    shelf = Shelf(tmp_path, disk, Retention(max_events=4, resume_window_s=0))
+    shelf.store(a=list(range(1, 11)))
+    reads: list[int] = []
+    for after, expected in ((0, [7, 8]), (8, [9, 10])):
+        before = len(disk.calls)
+        assert [each for _, each in shelf.read("a", after, 2)] == expected
+        reads.append(sum(kind == "read" for kind, _ in disk.calls[before:]))
+    assert reads == [2, 1]
+    # Another event, and another one is too many.
+    shelf.store(a=[11])
+    assert [each for _, each in shelf.read("a", 0, 2)] == [8, 9]
+    shelf.close()
