@@ -239,8 +239,9 @@ def encode_for_transport(stream_id: str, message: Message | None) -> tuple[bytes
     except InvalidMessageError as problem:
         payload, flags = encode_substitute(message, problem)
     # Retention by size waits for the answer of a request; the standalone stream never gets one.
-    request = 0 if split_transport_prefix(stream_id)[1] == STANDALONE_STREAM else FLAG_REQUEST
-    return payload, flags | request
+    if stream_id.endswith(STANDALONE_STREAM) and split_transport_prefix(stream_id)[1] == STANDALONE_STREAM:
+        return payload, flags
+    return payload, flags | FLAG_REQUEST
 
 
 async def replay(log: EventLog, stream: str, after: str, send_callback: EventCallback) -> None:

@@ -6,10 +6,11 @@ hears that the client is gone; what it began to send is then finished here, so t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import anyio
 from starlette.types import Message, Receive, Send
@@ -51,6 +52,7 @@ class Connection:
     __slots__ = (
         "_again",
         "_ending",
+        "_interrupted",
         "_receive",
         "_receiving",
         "_send",
@@ -69,9 +71,10 @@ class Connection:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._receiving: anyio.CancelScope | None = None
+        self._receiving: asyncio.Task[Any] | None = None
         self._again = False
         self._ending = False
+        self._interrupted = False
         self.stream = ""
         self.began_ns = time.time_ns()
         self.body = b""
@@ -107,11 +110,18 @@ class Connection:
             return message
         if self.ended:
             return _DISCONNECT
-        # Only that the client is gone can come now.
-        with anyio.CancelScope() as scope:
-            self._receiving = scope
+        # Only that the client is gone can come now. A cancel scope would cost each request a fifth of the layer's time.
+        task = self._receiving = asyncio.current_task()
+        assert task is not None
+        try:
             return await self._receive()
-        return _DISCONNECT
+        except asyncio.CancelledError:
+            if not self._interrupted or task.uncancel():
+                # Somebody else wants it cancelled, too.
+                raise
+            return _DISCONNECT
+        finally:
+            self._receiving = None
 
     def _take(self, message: Message) -> None:
         if message["type"] != "http.request":
@@ -148,6 +158,7 @@ class Connection:
         if not self.ended and (self.resumable or not self.body):
             self.ended = True
             if self._receiving is not None:
+                self._interrupted = True
                 self._receiving.cancel()
 
     async def finish(self, last: bytes = b"") -> None:

@@ -24,7 +24,7 @@ from logstore.mcp.connections import Connections
 from logstore.mcp.peers import Peers
 from logstore.mcp.revival import InnerResponse, close_inside, open_inside
 from logstore.mcp.scope import SessionScope
-from logstore.mcp.sessions import SessionData, SessionKeeper, credential_of
+from logstore.mcp.sessions import SessionData, SessionKeeper, client_of, credential_of
 from logstore.storage import Session
 
 logger = logging.getLogger("logstore.mcp")
@@ -70,7 +70,18 @@ class LiveSession:
         touched_s: When the registry was last told that it is in use; monotonic seconds.
     """
 
-    __slots__ = ("credential", "initialize", "key", "opening", "requests", "scope", "sdk_id", "touched_s", "used_s")
+    __slots__ = (
+        "_client",
+        "credential",
+        "initialize",
+        "key",
+        "opening",
+        "requests",
+        "scope",
+        "sdk_id",
+        "touched_s",
+        "used_s",
+    )
 
     def __init__(self, key: str, scope: SessionScope, credential: str, initialize: bytes) -> None:
         self.key = key
@@ -80,6 +91,7 @@ class LiveSession:
         self.sdk_id: str | None = None
         self.opening: Scope = {}
         self.requests = 0
+        self._client: list[Any] | None = None
         self.used_s = self.touched_s = time.monotonic()
 
     @property
@@ -89,7 +101,14 @@ class LiveSession:
 
     def may_use(self, scope: Scope) -> bool:
         """Whether the sender of a request is the client that opened the session."""
-        return self.credential == credential_of(scope, self.scope.token)
+        client = client_of(scope)
+        if client == self._client:
+            return True
+        if self.credential != credential_of(client, self.scope.token):
+            return False
+        # For the next request: the hash costs as much as everything else that is looked at.
+        self._client = client
+        return True
 
 
 class Custody:
@@ -143,7 +162,11 @@ class Custody:
         if session is None or self._is_expired(session):
             return None
         data = SessionData.decode(session.data)
-        return (session, SessionScope(data.scope)) if data.credential == credential_of(scope, data.scope) else None
+        return (
+            (session, SessionScope(data.scope))
+            if data.credential == credential_of(client_of(scope), data.scope)
+            else None
+        )
 
     async def adopt(self, key: str) -> LiveSession | None:
         """Take a session over that nobody serves; return None when somebody does, or when it has ended.

@@ -33,7 +33,7 @@ from logstore.mcp.resume import Resumption
 from logstore.mcp.revival import SESSION_HEADER, InnerResponse, session_id_in, with_session_id
 from logstore.mcp.scope import RequestId, SessionScope, current_session
 from logstore.mcp.sdk import STANDALONE_STREAM
-from logstore.mcp.sessions import credential_of, key_of
+from logstore.mcp.sessions import client_of, credential_of, key_of
 from logstore.mcp.shutdown import ServerWatch
 
 logger = logging.getLogger("logstore.mcp")
@@ -71,15 +71,12 @@ class _Head(NamedTuple):
 
     @classmethod
     def of(cls, scope: Scope) -> _Head:
-        session_id = version = last_event_id = None
-        for name, value in scope["headers"]:
-            if name == SESSION_HEADER:
-                session_id = value.decode("latin-1")
-            elif name == b"mcp-protocol-version":
-                version = value.decode("latin-1")
-            elif name == b"last-event-id":
-                last_event_id = value.decode("latin-1")
-        return cls(session_id, version, last_event_id)
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        return cls(
+            _text(headers.get(SESSION_HEADER)),
+            _text(headers.get(b"mcp-protocol-version")),
+            _text(headers.get(b"last-event-id")),
+        )
 
 
 class ResumeLayer:
@@ -129,7 +126,8 @@ class ResumeLayer:
         finally:
             if connection.stream:
                 self.connections.remove(connection)
-            await connection.finish()
+            if not connection.finished:
+                await connection.finish()
 
     # Requests that the SDK serves.
 
@@ -141,7 +139,7 @@ class ResumeLayer:
             # Before its client knows of it: the next request may come at once, and to any worker.
             session_id = session_id_in(message.get("headers", ())) if message["status"] < 400 else None
             if session_id is not None:
-                credential = credential_of(scope, session.token)
+                credential = credential_of(client_of(scope), session.token)
                 live = LiveSession(key_of(session_id), session, credential, connection.body)
                 live.sdk_id, live.opening = session_id, scope
                 await self.custody.bind(live)
@@ -234,7 +232,7 @@ class ResumeLayer:
             if scope["method"] == "DELETE":
                 await _answer(await self.custody.end(live, scope) or InnerResponse(200, [], b""), connection)
                 return True
-            refused = await self.custody.revive(live, scope)
+            refused = await self.custody.revive(live, scope) if live.sdk_id is None else None
             if refused is not None:
                 # Not 404: the session is well, and would be lost to its client.
                 await _answer(refused._replace(status=max(refused.status, 503)), connection)
@@ -496,6 +494,10 @@ async def _answer(answer: InnerResponse, connection: Connection) -> None:
 async def _send_back(call: PeerCall, connection: Connection) -> None:
     call.again = True
     await _send(Response(status_code=503), connection)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
 
 
 def _request_id(connection: Connection) -> RequestId | None:

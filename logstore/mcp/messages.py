@@ -38,7 +38,8 @@ MAX_DEPTH: Final = 200
 """Levels of nesting in a plain dict: the parser that the SDK's client uses stops there."""
 
 _ANSWERS: Final = (JSONRPCResponse, JSONRPCError)
-_MODELS: Final = (JSONRPCRequest, JSONRPCNotification, JSONRPCResponse, JSONRPCError)
+_NO_ANSWERS: Final = (JSONRPCNotification, JSONRPCRequest)
+_MODELS: Final = (*_NO_ANSWERS, *_ANSWERS)
 _JSON_TYPES: Final[frozenset[type]] = frozenset({dict, list, str, bool, int, float, type(None)})
 _STR_ONLY: Final[frozenset[type]] = frozenset({str})
 _LONGEST_KEY_SHOWN: Final = 40
@@ -108,7 +109,8 @@ def _ends_stream(stream_id: str, message: JSONRPCMessage) -> bool:
 
     Other streams hold responses too, when somebody stores them there; they go on.
     """
-    if not isinstance(message, _ANSWERS) or message.id is None:
+    # What a model is comes out at once; what it is not, pydantic looks for in Python.
+    if isinstance(message, _NO_ANSWERS) or message.id is None:
         return False
     request_id = str(message.id)
     return stream_id == request_id or split_transport_prefix(stream_id)[1] == request_id

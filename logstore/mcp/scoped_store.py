@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from mcp.server.streamable_http import EventStore
-from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCResponse
+from mcp_types import JSONRPCMessage, JSONRPCNotification, JSONRPCRequest
 
 from logstore.mcp.base import EventCallback, LogEventStore, encode_for_transport
 from logstore.mcp.scope import SessionScope, current_session
 from logstore.mcp.sdk import split_transport_prefix
 
 logger = logging.getLogger("logstore.mcp")
+
+_NO_ANSWERS: Final = (JSONRPCNotification, JSONRPCRequest)
 
 
 class ScopedEventStore(EventStore):
@@ -51,7 +54,7 @@ class ScopedEventStore(EventStore):
             event_id = ""
         if message is None:
             session.primed[name] = event_id
-        elif isinstance(message, JSONRPCResponse | JSONRPCError):
+        elif not isinstance(message, _NO_ANSWERS):
             session.answered(stream_id, name)
         return event_id
 

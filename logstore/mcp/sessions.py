@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
@@ -44,24 +45,29 @@ class SessionData(msgspec.Struct, frozen=True):
         return msgspec.json.decode(data, type=cls)
 
 
+@lru_cache(maxsize=10_000)
 def key_of(session_id: str) -> str:
     """Return what stands for a session id wherever it is kept: without authentication the id itself is a secret."""
     return hashlib.sha256(session_id.encode("latin-1")).hexdigest()
 
 
-def credential_of(scope: Scope, token: str) -> str:
-    """Return a hash of whom authentication says the client of a request is, for one session.
+def client_of(scope: Scope) -> list[Any]:
+    """Return whom authentication says the client of a request is, empty for nobody.
 
     The same parts as the SDK compares, so that a token that was renewed is the same client.
     """
     user = scope.get("user")
-    parts: list[Any] = []
     if isinstance(user, AuthenticatedUser):
         context = authorization_context(user)
-        parts = [context["client_id"], context["issuer"], context["subject"]]
-    elif getattr(user, "is_authenticated", False):
-        parts = [type(user).__qualname__, getattr(user, "display_name", "")]
-    return hashlib.sha256(token.encode() + msgspec.json.encode(parts)).hexdigest()
+        return [context["client_id"], context["issuer"], context["subject"]]
+    if getattr(user, "is_authenticated", False):
+        return [type(user).__qualname__, getattr(user, "display_name", "")]
+    return []
+
+
+def credential_of(client: list[Any], token: str) -> str:
+    """Return a hash that stands for a client, for one session."""
+    return hashlib.sha256(token.encode() + msgspec.json.encode(client)).hexdigest()
 
 
 class SessionKeeper(Protocol):
