@@ -13,7 +13,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import anyio
+import msgspec
+from starlette.responses import Response
 from starlette.types import Message, Receive, Send
+
+from logstore.mcp.scope import RequestId
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -27,6 +31,16 @@ _EMPTY_STREAM: Final[Message] = {
 _ID: Final = b"id: "
 _FINISH_S: Final = 1.0
 """What a client that does not read may hold up the end of its response."""
+
+
+class _Envelope(msgspec.Struct):
+    """What is read of a message."""
+
+    id: RequestId | None = None
+    method: str | None = None
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
 class Connection:
@@ -85,6 +99,16 @@ class Connection:
         self.ended = False
         self.on_received: Callable[[Connection], None] | None = None
         self.on_start: Callable[[Message], Awaitable[None]] | None = None
+
+    @property
+    def request_id(self) -> RequestId | None:
+        """The id of the JSON-RPC request that was received, None for anything else."""
+        try:
+            envelope = _decode_envelope(self.body)
+        except msgspec.MsgspecError:
+            # The SDK says what is wrong with it.
+            return None
+        return envelope.id if envelope.method is not None else None
 
     async def read(self, limit: int) -> bool:
         """Receive the request whole, if it is within a limit of bytes; return whether it is."""
@@ -148,6 +172,10 @@ class Connection:
             self.resumable = True
             if self._ending:
                 self.end()
+
+    async def answer(self, response: Response) -> None:
+        """Send a whole response."""
+        await response({"type": "http", "method": "POST"}, self.receive, self.send)
 
     def end(self) -> None:
         """End the response soon and cleanly, wherever it is.

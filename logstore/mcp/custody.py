@@ -29,7 +29,8 @@ from logstore.storage import Session
 
 logger = logging.getLogger("logstore.mcp")
 
-_LOOK_S: Final = 0.02
+LOOK_AGAIN_S: Final = 0.02
+_OWNER_PATIENCE_S: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class LayerOptions:
     session_ttl_hours: float = 24.0
     drain_s: float = 10.0
     retry_ms: int | None = None
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request waits for a session whose owner is about to go, in seconds."""
+        return self.drain_s + _OWNER_PATIENCE_S
 
     @property
     def ttl_s(self) -> float:
@@ -311,6 +317,13 @@ class Custody:
             for key in await self.keeper.unserved(list(self.followed)):
                 await self.adopt(key)
 
+    async def sweep_sockets(self) -> None:
+        """Remove the sockets that dead workers left."""
+        if self.peers is not None:
+            for worker in self.peers.others():
+                if not await self.keeper.is_alive(worker):
+                    self.peers.forget(worker)
+
     async def record_again(self) -> None:
         """Try again what the registry could not be told."""
         changes, self._unrecorded = self._unrecorded, {}
@@ -333,6 +346,6 @@ class Custody:
 
 async def _until(seconds: float) -> AsyncIterator[None]:
     """Yield a few times a second, up to a time."""
-    for _ in range(int(seconds / _LOOK_S) + 1):
+    for _ in range(int(seconds / LOOK_AGAIN_S) + 1):
         yield
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(LOOK_AGAIN_S)

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import anyio
-import msgspec
 from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
@@ -27,39 +26,25 @@ from logstore.errors import LogstoreError
 from logstore.mcp import answers
 from logstore.mcp.base import LogEventStore
 from logstore.mcp.connections import Connection, Connections
-from logstore.mcp.custody import Custody, LayerOptions, LiveSession
+from logstore.mcp.custody import LOOK_AGAIN_S, Custody, LayerOptions, LiveSession
+from logstore.mcp.forwarding import Forwarding, send_back
+from logstore.mcp.housekeeping import keep_house
 from logstore.mcp.peers import CALL_KEY, Outcome, PeerCall, Peers
 from logstore.mcp.resume import Resumption
 from logstore.mcp.revival import SESSION_HEADER, InnerResponse, session_id_in, with_session_id
-from logstore.mcp.scope import RequestId, SessionScope, current_session
+from logstore.mcp.scope import SessionScope, current_session
 from logstore.mcp.sdk import STANDALONE_STREAM
 from logstore.mcp.sessions import client_of, credential_of, key_of
 from logstore.mcp.shutdown import ServerWatch
 
 logger = logging.getLogger("logstore.mcp")
 
-_OWNER_PATIENCE_S: Final = 10.0
-"""How long a request waits, beyond the time for draining, for a session whose owner is about to go."""
-_LOOK_AGAIN_S: Final = 0.02
 _REFUSAL_S: Final = 0.05
 """Every refusal takes this long: how long the look took would tell whether there is something to be found."""
-_TICK_S: Final = 0.25
 _MAX_BODY_BYTES: Final = 4 << 20
 
-_STOPPING: Final = "the server is stopping; nothing was done, try again"
 _MOVING: Final = "the session is being moved to another server process; nothing was done, try again"
 _NOT_NOW: Final = "the session cannot be taken over just now; nothing was done, try again"
-_SILENT: Final = "the server process that has this session does not react; the request may still be served"
-
-
-class _Envelope(msgspec.Struct):
-    """What the layer reads of a message."""
-
-    id: RequestId | None = None
-    method: str | None = None
-
-
-_decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
 class _Head(NamedTuple):
@@ -100,7 +85,7 @@ class ResumeLayer:
         self._options = options
         self.connections = Connections()
         self.custody = Custody(app, store, options, self.connections)
-        self._passing: set[Connection] = set()
+        self._forwarding = Forwarding(self.custody, options, self._max_body_bytes)
         self._server = ServerWatch(self._end_streams)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,11 +100,14 @@ class ResumeLayer:
             return
         connection = Connection(receive, send)
         try:
-            if self._server.is_stopping and await self._leave_to_others(head, scope, connection):
+            resumes = scope["method"] == "GET" and bool(head.last_event_id)
+            if self._server.is_stopping and await self._forwarding.leave_to_others(
+                head.session_id, scope, connection, resumes=resumes
+            ):
                 return
             if head.session_id is None:
                 await self._serve_new(scope, connection)
-            elif scope["method"] == "GET" and head.last_event_id:
+            elif resumes and head.last_event_id is not None:
                 await self._resume(head.session_id, head.last_event_id, scope, connection)
             else:
                 await self._serve(head.session_id, scope, connection)
@@ -150,7 +138,7 @@ class ResumeLayer:
     async def _call_sdk(self, session: SessionScope, scope: Scope, connection: Connection) -> None:
         def note(connection: Connection) -> None:
             """Note which stream the response carries."""
-            request_id = _request_id(connection)
+            request_id = connection.request_id
             if request_id is not None:
                 self.connections.add(session.begin(request_id), connection)
 
@@ -174,17 +162,17 @@ class ResumeLayer:
         """Serve a request of a session, here or where its owner is."""
         key = key_of(session_id)
         began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
+        while not connection.status and time.monotonic() - began_s < self._options.patience_s:
             live = self.custody.live.get(key) or await self._look_for(key, began_s, scope, connection)
             if live is None:
                 if not connection.status:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
+                    await asyncio.sleep(LOOK_AGAIN_S)
             elif not live.may_use(scope):
                 await self._refuse(answers.unknown_session(), began_s, connection)
             elif await self._serve_live(live, session_id, scope, connection):
                 return
         if not connection.status:
-            await _send(answers.unavailable(_MOVING, _request_id(connection)), connection)
+            await connection.answer(answers.unavailable(_MOVING, connection.request_id))
 
     async def _look_for(self, key: str, began_s: float, scope: Scope, connection: Connection) -> LiveSession | None:
         """Find a session that this process does not serve: pass the request on, or take the session over.
@@ -203,9 +191,9 @@ class ResumeLayer:
             call: PeerCall | None = scope.get(CALL_KEY)
             if call is not None:
                 # One hop only; who passed it on looks again.
-                await _send_back(call, connection)
+                await send_back(call, connection)
                 return None
-            if await self._pass_on(session.incarnation, peers, scope, connection) is not Outcome.UNREACHABLE:
+            if await self._forwarding.pass_on(session.incarnation, peers, scope, connection) is not Outcome.UNREACHABLE:
                 return None
             if await self.custody.keeper.is_alive(session.incarnation):
                 return None
@@ -222,7 +210,7 @@ class ResumeLayer:
             return await self.custody.adopt(key)
         except (OSError, LogstoreError) as error:
             logger.error("a session cannot be taken over: %s", error)
-            await _send(answers.unavailable(_NOT_NOW, _request_id(connection)), connection)
+            await connection.answer(answers.unavailable(_NOT_NOW, connection.request_id))
             return None
 
     async def _serve_live(self, live: LiveSession, session_id: str, scope: Scope, connection: Connection) -> bool:
@@ -230,12 +218,12 @@ class ResumeLayer:
         live.requests += 1
         try:
             if scope["method"] == "DELETE":
-                await _answer(await self.custody.end(live, scope) or InnerResponse(200, [], b""), connection)
+                await connection.answer(_response(await self.custody.end(live, scope) or InnerResponse(200, [], b"")))
                 return True
             refused = await self.custody.revive(live, scope) if live.sdk_id is None else None
             if refused is not None:
                 # Not 404: the session is well, and would be lost to its client.
-                await _answer(refused._replace(status=max(refused.status, 503)), connection)
+                await connection.answer(_response(refused._replace(status=max(refused.status, 503))))
                 return True
             if live.scope.closed or live.sdk_id is None:
                 return False
@@ -262,66 +250,6 @@ class ResumeLayer:
                 message["headers"] = with_session_id(message["headers"], session_id)
 
         return watch
-
-    # Requests that others serve.
-
-    async def _pass_on(self, worker: int, peers: Peers, scope: Scope, connection: Connection) -> Outcome:
-        """Pass a request on; it is answered unless nothing was done there, or it is safe to try again."""
-        if not connection.received and not await connection.read(self._max_body_bytes):
-            await _send(answers.refusal(413, "Request body too large"), connection)
-            return Outcome.DONE
-        self._passing.add(connection)
-        try:
-            outcome = await peers.forward(worker, scope, connection)
-        finally:
-            self._passing.discard(connection)
-        if outcome is Outcome.SILENT:
-            await _send(answers.unavailable(_SILENT, _request_id(connection)), connection)
-        if outcome is Outcome.LOST and connection.status:
-            # A response to a request on which no id went out cannot be resumed: its end is the only place for this.
-            await connection.finish(answers.lost_message(_request_id(connection)) if connection.body else b"")
-        elif outcome is Outcome.LOST and scope["method"] == "POST":
-            await _send(answers.lost(_request_id(connection)), connection)
-        return outcome
-
-    async def _leave_to_others(self, head: _Head, scope: Scope, connection: Connection) -> bool:
-        """While the server stops, leave new work to another worker: streams that begin here are ended at once.
-
-        Returns:
-            Whether the request was answered; what belongs to a call that runs here is served here.
-        """
-        if not connection.received and not await connection.read(self._max_body_bytes):
-            await _send(answers.refusal(413, "Request body too large"), connection)
-            return True
-        request_id = _request_id(connection)
-        call: PeerCall | None = scope.get(CALL_KEY)
-        resumes = scope["method"] == "GET" and bool(head.last_event_id)
-        if (scope["method"] != "GET" and request_id is None) or (resumes and call is not None):
-            return False
-        live = None if resumes or head.session_id is None else self.custody.live.get(key_of(head.session_id))
-        began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
-            if live is not None and live.may_use(scope):
-                await self.custody.let_go(live)
-            if call is not None:
-                await _send_back(call, connection)
-            elif not await self._pass_to_any(scope, connection):
-                break
-        if not connection.status and request_id is not None:
-            await _send(answers.unavailable(_STOPPING, request_id), connection)
-        return bool(connection.status)
-
-    async def _pass_to_any(self, scope: Scope, connection: Connection) -> bool:
-        """Pass a request to any other worker; return whether there is one, and so a point in trying again."""
-        peers = self.custody.peers
-        others = [] if peers is None else peers.others()
-        for worker in others:
-            assert peers is not None
-            await self._pass_on(worker, peers, scope, connection)
-            if connection.status:
-                return True
-        await asyncio.sleep(_LOOK_AGAIN_S)
-        return bool(others)
 
     # Resuming.
 
@@ -364,7 +292,7 @@ class ResumeLayer:
         if refused is None and not check_accept_headers(Request(scope))[1]:
             refused = answers.refusal(406, "Not Acceptable: Client must accept text/event-stream")
         if refused is not None:
-            await _send(refused, connection)
+            await connection.answer(refused)
         return refused is None
 
     async def _end_earlier(self, connection: Connection) -> None:
@@ -411,7 +339,7 @@ class ResumeLayer:
             await custody.peers.open()
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._keep_house)
+                tasks.start_soon(keep_house, custody, self._options)
                 tasks.start_soon(self._server.watch)
                 try:
                     yield
@@ -425,86 +353,25 @@ class ResumeLayer:
                 with anyio.CancelScope(shield=True):
                     await custody.peers.close()
 
-    async def _keep_house(self) -> None:
-        custody, ttl_s = self.custody, self._options.ttl_s
-        works = [
-            _Work(_TICK_S, custody.adopt_followed),
-            _Work(min(1.0, (self._options.session_idle_s or ttl_s) / 4), custody.park_idle),
-            _Work(1.0, custody.record_again),
-            _Work(min(600.0, ttl_s / 24), custody.expire),
-        ]
-        if custody.peers is not None:
-            works.append(_Work(60.0, self._sweep_sockets))
-            await self._sweep_sockets()
-        while True:
-            await asyncio.sleep(min(work.every_s for work in works))
-            for work in works:
-                await work.do_if_due()
-
-    async def _sweep_sockets(self) -> None:
-        """Remove what dead workers left."""
-        assert self.custody.peers is not None
-        for worker in self.custody.peers.others():
-            if not await self.custody.keeper.is_alive(worker):
-                self.custody.peers.forget(worker)
-
     def _end_streams(self) -> None:
         """End streams cleanly: the server waits for them before it stops."""
         self.connections.end_all()
-        for connection in self._passing:
-            connection.end()
+        self._forwarding.end_all()
 
     # Answering.
 
-    @property
     def _max_body_bytes(self) -> int:
         return int(getattr(self._endpoint.session_manager, "max_request_body_size", _MAX_BODY_BYTES))
 
     async def _refuse(self, response: Response, began_s: float, connection: Connection) -> None:
         """Refuse a session or an event, after a time that says nothing of what was found."""
         await asyncio.sleep(max(0.0, began_s + _REFUSAL_S - time.monotonic()))
-        await _send(response, connection)
-
-
-class _Work:
-    """Something to be done every so often; what fails is logged, and done again the next time."""
-
-    def __init__(self, every_s: float, job: Callable[[], Awaitable[None]]) -> None:
-        self.every_s = every_s
-        self._job = job
-        self._due_s = time.monotonic() + every_s
-
-    async def do_if_due(self) -> None:
-        if time.monotonic() >= self._due_s:
-            try:
-                await self._job()
-            except Exception:
-                logger.exception("what keeps sessions in order failed; it is tried again")
-            self._due_s = time.monotonic() + self.every_s
-
-
-async def _send(response: Response, connection: Connection) -> None:
-    await response({"type": "http", "method": "POST"}, connection.receive, connection.send)
-
-
-async def _answer(answer: InnerResponse, connection: Connection) -> None:
-    await _send(Response(answer.body, answer.status, media_type="application/json"), connection)
-
-
-async def _send_back(call: PeerCall, connection: Connection) -> None:
-    call.again = True
-    await _send(Response(status_code=503), connection)
+        await connection.answer(response)
 
 
 def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-def _request_id(connection: Connection) -> RequestId | None:
-    """Return the id of the request that a connection brought, None for anything else."""
-    try:
-        envelope = _decode_envelope(connection.body)
-    except msgspec.MsgspecError:
-        # The SDK says what is wrong with it.
-        return None
-    return envelope.id if envelope.method is not None else None
+def _response(answer: InnerResponse) -> Response:
+    return Response(answer.body, answer.status, media_type="application/json")
