@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import anyio
 import msgspec
+from pydantic_core import from_json
 from starlette.responses import Response
 from starlette.types import Message, Receive, Send
 
@@ -43,6 +44,14 @@ class _Envelope(msgspec.Struct):
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
+def _tolerantly(body: bytes) -> _Envelope:
+    """Read a message that is none for us as the SDK does, to which NaN is JSON; what is wrong with it, the SDK says."""
+    try:
+        return msgspec.convert(from_json(body), _Envelope)
+    except (ValueError, msgspec.MsgspecError):
+        return _Envelope()
+
+
 class Connection:
     """One request and its response.
 
@@ -70,6 +79,7 @@ class Connection:
         "_receive",
         "_receiving",
         "_send",
+        "_starting",
         "began_ns",
         "body",
         "ended",
@@ -89,6 +99,7 @@ class Connection:
         self._again = False
         self._ending = False
         self._interrupted = False
+        self._starting: asyncio.Event | None = None
         self.stream = ""
         self.began_ns = time.time_ns()
         self.body = b""
@@ -105,9 +116,8 @@ class Connection:
         """The id of the JSON-RPC request that was received, None for anything else."""
         try:
             envelope = _decode_envelope(self.body)
-        except msgspec.MsgspecError:
-            # The SDK says what is wrong with it.
-            return None
+        except msgspec.DecodeError:
+            envelope = _tolerantly(self.body)
         return envelope.id if envelope.method is not None else None
 
     async def read(self, limit: int) -> bool:
@@ -162,10 +172,12 @@ class Connection:
         if self.ended or self.finished:
             return
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            if self.on_start is not None:
-                await self.on_start(message)
-        elif not message.get("more_body", False):
+            await self._start(message)
+            return
+        if self._starting is not None:
+            # A ping, which another task sends, must not overtake the beginning.
+            await self._starting.wait()
+        if not message.get("more_body", False):
             self.finished = True
         await self._send(message)
         if not self.resumable and _ID in message.get("body", b""):
@@ -176,6 +188,19 @@ class Connection:
     async def answer(self, response: Response) -> None:
         """Send a whole response."""
         await response({"type": "http", "method": "POST"}, self.receive, self.send)
+
+    async def _start(self, message: Message) -> None:
+        self.status = message["status"]
+        if self.on_start is None:
+            await self._send(message)
+            return
+        self._starting = asyncio.Event()
+        try:
+            await self.on_start(message)
+            await self._send(message)
+        finally:
+            self._starting.set()
+            self._starting = None
 
     def end(self) -> None:
         """End the response soon and cleanly, wherever it is.

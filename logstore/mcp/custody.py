@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from starlette.types import ASGIApp, Scope
@@ -117,6 +117,13 @@ class LiveSession:
         return True
 
 
+class _Change(NamedTuple):
+    """What the registry is to be told of a session."""
+
+    what: Literal["opened", "ended", "released"]
+    tell: Callable[[], Awaitable[Any]]
+
+
 class Custody:
     """The sessions of this process.
 
@@ -141,7 +148,7 @@ class Custody:
         self._options = options
         self._connections = connections
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._unrecorded: dict[str, Callable[[], Awaitable[Any]]] = {}
+        self._unrecorded: dict[str, _Change] = {}
         self.live: dict[str, LiveSession] = {}
         self.followed: Counter[str] = Counter()
         self.own = 0
@@ -160,12 +167,12 @@ class Custody:
         """Make a session known that the SDK has opened."""
         self.live[live.key] = live
         data = SessionData(live.scope.token, live.credential, live.initialize).encode()
-        await self._record(live.key, lambda: self.keeper.open(live.key, data, live.scope.prefix))
+        await self._record(live.key, _Change("opened", lambda: self.keeper.open(live.key, data, live.scope.prefix)))
 
     async def find(self, key: str, scope: Scope) -> tuple[Session, SessionScope] | None:
         """Return a session that the sender of a request may use, and its place in the log; None for any other."""
         session = await self.keeper.find(key)
-        if session is None or self._is_expired(session):
+        if session is None or self._is_expired(session) or self._is_ended(key):
             return None
         data = SessionData.decode(session.data)
         return (
@@ -185,8 +192,12 @@ class Custody:
         """
         async with self._lock(key):
             live = self.live.get(key)
-            if live is not None or self.closed:
+            if live is not None or self.closed or self._is_ended(key):
                 return live
+            pending = self._unrecorded.get(key)
+            if pending is not None and pending.what == "released":
+                # It was not let go yet, and is not to be behind this back.
+                del self._unrecorded[key]
             session = await self.keeper.take_over(key)
             if session is None or session.incarnation != self.own:
                 return None
@@ -234,10 +245,12 @@ class Custody:
 
     async def forget(self, live: LiveSession) -> None:
         """End a session that the SDK does not have any more."""
-        if self.live.pop(live.key, None) is None:
-            return
-        live.scope.closed = True
-        await self._record(live.key, lambda: self.keeper.end(live.key))
+        async with self._lock(live.key):
+            if self.live.get(live.key) is not live:
+                return
+            del self.live[live.key]
+            live.scope.closed = True
+            await self._record(live.key, _Change("ended", lambda: self.keeper.end(live.key)))
         now_ns = time.time_ns()
         self._connections.end(live.scope.prefix, now_ns)
         if self.peers is not None:
@@ -254,7 +267,7 @@ class Custody:
             live.scope.closed = True
             if live.sdk_id is not None:
                 await close_inside(self._app, live.scope, live.sdk_id, live.opening)
-            await self._record(live.key, lambda: self.keeper.release(live.key))
+            await self._record(live.key, _Change("released", lambda: self.keeper.release(live.key)))
             return True
 
     async def drain(self) -> None:
@@ -267,6 +280,7 @@ class Custody:
         for live in self.live.values():
             live.scope.closed = True
             lost += live.scope.running
+        self.live.clear()
         try:
             await self._answer_lost(lost)
         except LogstoreError as error:
@@ -279,8 +293,13 @@ class Custody:
         if self._options.session_idle_s is None:
             return
         since_s = time.monotonic() - self._options.session_idle_s
-        for live in [live for live in self.live.values() if self._is_idle(live, since_s)]:
-            if self.peers is not None and any(await self.peers.tell_all("reading", live.scope.token)):
+        idle = [live for live in self.live.values() if self._is_idle(live, since_s)]
+        answers = (
+            await self.peers.tell_all("reading", [live.scope.token for live in idle]) if idle and self.peers else []
+        )
+        read = {token for tokens in answers for token in tokens}
+        for live in idle:
+            if live.scope.token in read:
                 live.used_s = time.monotonic()
             elif self._is_idle(live, since_s):
                 await self.let_go(live)
@@ -326,22 +345,45 @@ class Custody:
 
     async def record_again(self) -> None:
         """Try again what the registry could not be told."""
-        changes, self._unrecorded = self._unrecorded, {}
-        for key, change in changes.items():
-            await self._record(key, change)
+        for key in list(self._unrecorded):
+            async with self._lock(key):
+                # It may have been told meanwhile, or not be so any more.
+                if (change := self._unrecorded.pop(key, None)) is not None:
+                    await self._record(key, change)
 
-    async def _record(self, key: str, change: Callable[[], Awaitable[Any]]) -> None:
-        """Change the registry; what the disk refuses is tried again until it does not."""
+    def _is_ended(self, key: str) -> bool:
+        """Whether a session has ended here, though the registry does not know it yet."""
+        pending = self._unrecorded.get(key)
+        return pending is not None and pending.what == "ended"
+
+    async def _record(self, key: str, change: _Change) -> None:
+        """Tell the registry; what the disk refuses is tried again until it does not."""
+        earlier = self._unrecorded.pop(key, None)
         try:
-            await change()
+            if earlier is not None and earlier.what == "opened":
+                # It knows nothing of the session; of one that has ended nor need it.
+                if change.what == "ended":
+                    return
+                await earlier.tell()
+            await change.tell()
         except ValueError as error:
             logger.error("a session cannot be kept, it ends with this process: %s", error)
         except Exception as error:
             logger.error("the registry cannot be written, sessions stay where they are: %s", error)
-            self._unrecorded[key] = change
+            self._unrecorded[key] = change if earlier is None else _both(earlier, change)
 
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
+
+
+def _both(first: _Change, second: _Change) -> _Change:
+    """Return two changes as one, which is called what the second is."""
+
+    async def tell() -> None:
+        await first.tell()
+        await second.tell()
+
+    return _Change(second.what, tell)
 
 
 async def _until(seconds: float) -> AsyncIterator[None]:

@@ -80,7 +80,7 @@ class Forwarding:
             if live is not None and live.may_use(scope):
                 await self._custody.let_go(live)
             if call is not None:
-                await send_back(call, connection)
+                await send_back(call, connection, stopping=True)
             elif not await self._pass_to_any(scope, connection):
                 break
         if not connection.status and request_id is not None:
@@ -88,19 +88,25 @@ class Forwarding:
         return bool(connection.status)
 
     async def _pass_to_any(self, scope: Scope, connection: Connection) -> bool:
-        """Pass a request to any other worker; return whether there is one, and so a point in trying again."""
+        """Pass a request to any other worker; return whether there is a point in trying again.
+
+        There is none when all the others are stopping, too, or gone: the server would wait for each other's requests.
+        """
         peers = self._custody.peers
-        others = [] if peers is None else peers.others()
-        for worker in others:
+        stays = False
+        for worker in [] if peers is None else peers.others():
             assert peers is not None
-            await self.pass_on(worker, peers, scope, connection)
+            outcome = await self.pass_on(worker, peers, scope, connection)
             if connection.status:
                 return True
+            stays = stays or outcome is Outcome.AGAIN
+            if outcome is Outcome.UNREACHABLE:
+                stays = stays or await self._custody.keeper.is_alive(worker)
         await asyncio.sleep(LOOK_AGAIN_S)
-        return bool(others)
+        return stays
 
 
-async def send_back(call: PeerCall, connection: Connection) -> None:
+async def send_back(call: PeerCall, connection: Connection, *, stopping: bool) -> None:
     """Give a request back to the worker that passed it on: nothing was done, it looks again who serves it."""
-    call.again = True
+    call.again, call.stopping = True, stopping
     await connection.answer(Response(status_code=503))

@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+
+import anyio
 
 from logstore.mcp.custody import Custody, LayerOptions
 
 logger = logging.getLogger("logstore.mcp")
 
-_TICK_S: Final = 0.25
-
 
 async def keep_house(custody: Custody, options: LayerOptions) -> None:
     """Keep the sessions of this process in order, for ever."""
     ttl_s = options.ttl_s
-    works = [
-        _Work(_TICK_S, custody.adopt_followed),
-        _Work(min(1.0, (options.session_idle_s or ttl_s) / 4), custody.park_idle),
-        _Work(1.0, custody.record_again),
-        _Work(min(600.0, ttl_s / 24), custody.expire),
-    ]
-    if custody.peers is not None:
-        works.append(_Work(60.0, custody.sweep_sockets))
+    # Each by itself: a worker that does not react holds some of them up.
+    async with anyio.create_task_group() as works:
+        works.start_soon(_every, 0.25, custody.adopt_followed)
+        works.start_soon(_every, min(1.0, (options.session_idle_s or ttl_s) / 4), custody.park_idle)
+        works.start_soon(_every, 1.0, custody.record_again)
+        works.start_soon(_every, min(600.0, ttl_s / 24), custody.expire)
         await custody.sweep_sockets()
+        works.start_soon(_every, 60.0, custody.sweep_sockets)
+
+
+async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+    """Do something every so often, for ever; what fails is logged, and done again the next time."""
     while True:
-        await asyncio.sleep(min(work.every_s for work in works))
-        for work in works:
-            await work.do_if_due()
-
-
-class _Work:
-    """Something to be done every so often; what fails is logged, and done again the next time."""
-
-    def __init__(self, every_s: float, job: Callable[[], Awaitable[None]]) -> None:
-        self.every_s = every_s
-        self._job = job
-        self._due_s = time.monotonic() + every_s
-
-    async def do_if_due(self) -> None:
-        if time.monotonic() >= self._due_s:
-            try:
-                await self._job()
-            except Exception:
-                logger.exception("what keeps sessions in order failed; it is tried again")
-            self._due_s = time.monotonic() + self.every_s
+        await asyncio.sleep(seconds)
+        try:
+            await job()
+        except Exception:
+            logger.exception("what keeps sessions in order failed; it is tried again")

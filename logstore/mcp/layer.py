@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -31,11 +31,19 @@ from logstore.mcp.forwarding import Forwarding, send_back
 from logstore.mcp.housekeeping import keep_house
 from logstore.mcp.peers import CALL_KEY, Outcome, PeerCall, Peers
 from logstore.mcp.resume import Resumption
-from logstore.mcp.revival import SESSION_HEADER, InnerResponse, session_id_in, with_session_id
+from logstore.mcp.revival import (
+    MAX_INITIALIZE_BYTES,
+    SESSION_HEADER,
+    InnerResponse,
+    initialize_of,
+    session_id_in,
+    with_session_id,
+)
 from logstore.mcp.scope import SessionScope, current_session
 from logstore.mcp.sdk import STANDALONE_STREAM
 from logstore.mcp.sessions import client_of, credential_of, key_of
 from logstore.mcp.shutdown import ServerWatch
+from logstore.storage import Session
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -43,6 +51,12 @@ _REFUSAL_S: Final = 0.05
 """Every refusal takes this long: how long the look took would tell whether there is something to be found."""
 _MAX_BODY_BYTES: Final = 4 << 20
 
+_VERSION_HEADER: Final = b"mcp-protocol-version"
+_LAST_EVENT_HEADER: Final = b"last-event-id"
+_ONCE: Final = (SESSION_HEADER, _VERSION_HEADER, _LAST_EVENT_HEADER)
+
+_TWICE: Final = "Bad Request: Mcp-Session-Id, Mcp-Protocol-Version and Last-Event-ID may come once each"
+_TOO_LARGE: Final = "clientInfo and capabilities are larger than a session may keep"
 _MOVING: Final = "the session is being moved to another server process; nothing was done, try again"
 _NOT_NOW: Final = "the session cannot be taken over just now; nothing was done, try again"
 
@@ -55,12 +69,17 @@ class _Head(NamedTuple):
     last_event_id: str | None
 
     @classmethod
-    def of(cls, scope: Scope) -> _Head:
+    def of(cls, scope: Scope) -> _Head | None:
+        """Read them; None when one comes twice: the SDK would take the one, and this layer have checked the other."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        if len(headers) != len(scope["headers"]) and any(
+            sum(name == each for name, _ in scope["headers"]) > 1 for each in _ONCE
+        ):
+            return None
         return cls(
             _text(headers.get(SESSION_HEADER)),
-            _text(headers.get(b"mcp-protocol-version")),
-            _text(headers.get(b"last-event-id")),
+            _text(headers.get(_VERSION_HEADER)),
+            _text(headers.get(_LAST_EVENT_HEADER)),
         )
 
 
@@ -94,6 +113,9 @@ class ResumeLayer:
             await self.app(scope, receive, send)
             return
         head = _Head.of(scope)
+        if head is None:
+            await answers.refusal(400, _TWICE)(scope, receive, send)
+            return
         if head.version is not None and head.version not in HANDSHAKE_PROTOCOL_VERSIONS:
             # Revisions without sessions have nothing to resume.
             await self.app(scope, receive, send)
@@ -122,13 +144,20 @@ class ResumeLayer:
     async def _serve_new(self, scope: Scope, connection: Connection) -> None:
         """Serve a request without a session; it may open one."""
         session = SessionScope()
+        if not connection.received and not await connection.read(self._max_body_bytes()):
+            await connection.answer(answers.refusal(413, "Request body too large"))
+            return
+        initialize = initialize_of(connection.body)
+        if len(initialize) > MAX_INITIALIZE_BYTES:
+            await connection.answer(answers.refusal(413, _TOO_LARGE, request_id=connection.request_id))
+            return
 
         async def bind(message: Message) -> None:
             # Before its client knows of it: the next request may come at once, and to any worker.
             session_id = session_id_in(message.get("headers", ())) if message["status"] < 400 else None
             if session_id is not None:
                 credential = credential_of(client_of(scope), session.token)
-                live = LiveSession(key_of(session_id), session, credential, connection.body)
+                live = LiveSession(key_of(session_id), session, credential, initialize)
                 live.sdk_id, live.opening = session_id, scope
                 await self.custody.bind(live)
 
@@ -164,14 +193,17 @@ class ResumeLayer:
         began_s = time.monotonic()
         while not connection.status and time.monotonic() - began_s < self._options.patience_s:
             live = self.custody.live.get(key) or await self._look_for(key, began_s, scope, connection)
-            if live is None:
-                if not connection.status:
-                    await asyncio.sleep(LOOK_AGAIN_S)
-            elif not live.may_use(scope):
+            if live is not None and not live.may_use(scope):
                 await self._refuse(answers.unknown_session(), began_s, connection)
-            elif await self._serve_live(live, session_id, scope, connection):
+            elif live is not None and await self._serve_live(live, session_id, scope, connection):
                 return
-        if not connection.status:
+            elif self.custody.closed:
+                break
+            elif not connection.status:
+                await asyncio.sleep(LOOK_AGAIN_S)
+        if not connection.status and (call := scope.get(CALL_KEY)) is not None:
+            await send_back(call, connection, stopping=self.custody.closed)
+        elif not connection.status:
             await connection.answer(answers.unavailable(_MOVING, connection.request_id))
 
     async def _look_for(self, key: str, began_s: float, scope: Scope, connection: Connection) -> LiveSession | None:
@@ -191,7 +223,7 @@ class ResumeLayer:
             call: PeerCall | None = scope.get(CALL_KEY)
             if call is not None:
                 # One hop only; who passed it on looks again.
-                await send_back(call, connection)
+                await send_back(call, connection, stopping=False)
                 return None
             if await self._forwarding.pass_on(session.incarnation, peers, scope, connection) is not Outcome.UNREACHABLE:
                 return None
@@ -228,6 +260,8 @@ class ResumeLayer:
             if live.scope.closed or live.sdk_id is None:
                 return False
             if scope["method"] == "GET":
+                if not await self._is_acceptable(scope, connection):
+                    return True
                 self.connections.add(live.scope.name_of(STANDALONE_STREAM), connection)
                 await self._end_earlier(connection)
             connection.on_start = self._watching(live, session_id)
@@ -260,9 +294,11 @@ class ResumeLayer:
         key = key_of(session_id)
         live = self.custody.live.get(key)
         session = live.scope if live is not None and live.may_use(scope) else None
+        owner: Session | None = None
         if live is None and (found := await self.custody.find(key, scope)) is not None:
             session = found[1]
-            if not found[0].released and not await self.custody.keeper.is_alive(found[0].incarnation):
+            owner = found[0]
+            if owner.released or not await self.custody.keeper.is_alive(owner.incarnation):
                 live = await self._adopt(key, connection)
                 if connection.status:
                     return
@@ -271,6 +307,8 @@ class ResumeLayer:
             return
         resumption = await Resumption.begin(await self._store.log(), session, last_event_id)
         if resumption is None:
+            if live is None and await self._resume_at_owner(owner, scope, connection):
+                return
             await self._refuse(answers.unknown_event(), began_s, connection)
             return
         self.connections.add(resumption.stream, connection)
@@ -284,6 +322,18 @@ class ResumeLayer:
             self.custody.followed -= followed
             if live is not None:
                 live.used_s = time.monotonic()
+
+    async def _resume_at_owner(self, owner: Session | None, scope: Scope, connection: Connection) -> bool:
+        """Have a stream resumed where its session lives: while the disk fails, only that worker has the newest events.
+
+        Returns:
+            Whether the request was answered.
+        """
+        peers = self.custody.peers
+        if owner is None or owner.incarnation == self.custody.own or peers is None or CALL_KEY in scope:
+            return False
+        await self._forwarding.pass_on(owner.incarnation, peers, scope, connection)
+        return bool(connection.status)
 
     async def _is_acceptable(self, scope: Scope, connection: Connection) -> bool:
         """Check what the SDK's transport checks before it serves a GET, and answer if something is wrong."""
@@ -317,9 +367,9 @@ class ResumeLayer:
         """End the connections of a stream that began before a time."""
         self.connections.end(name, older_than_ns)
 
-    def is_reading(self, token: str) -> bool:
-        """Whether connections of a session are open."""
-        return self.connections.is_open(token)
+    def reading(self, tokens: Iterable[str]) -> list[str]:
+        """Return those of the sessions that have connections."""
+        return [token for token in tokens if self.connections.is_open(token)]
 
     # With the server.
 

@@ -4,9 +4,9 @@ A frame is its length (4 bytes, little endian) and a msgpack array. A connection
 
 | command | answer |
 | --- | --- |
-| `["request", scope, body]` | `["start", status, headers]`, then `["body", bytes, more]`…; or `["again"]` |
+| `["request", scope, body]` | `["start", status, headers]`, then `["body", bytes, more]`…; or `["again", stopping]` |
 | `["end", name, older_than_ns]` | `[true]`: the connections of that stream are being ended |
-| `["reading", token]` | whether connections of that session are open |
+| `["reading", tokens]` | of which of these sessions connections are open |
 | `["ping"]` | `[true]` |
 
 `again` means that the session is no longer served there, and that nothing was done: look again who serves it.
@@ -49,6 +49,8 @@ _ASK_S: Final = 0.5
 """What a worker that does not answer may hold up a question to all."""
 _SILENCE_S: Final = 5.0
 """Without the beginning of a response for this long, the other worker is asked whether it lives."""
+_BACKLOG: Final = 4096
+"""Connections that wait to be accepted; asyncio's 100 are fewer than a busy balancer sends at once."""
 _SCOPE_FIELDS: Final = ("method", "path", "raw_path", "query_string", "root_path", "scheme", "http_version", "headers")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -60,6 +62,7 @@ class Outcome(enum.Enum):
 
     DONE = "answered, or the client went away"
     AGAIN = "the session is not served there any more; nothing was done"
+    STOPPING = "the worker stops; nothing was done"
     UNREACHABLE = "nobody listens there; nothing was done"
     LOST = "the worker, or the client, went away before the end of the answer; the request may have begun"
     SILENT = "the worker has the request and does not react"
@@ -70,12 +73,14 @@ class PeerCall:
 
     Attributes:
         again: Set to send it back: look again who serves the session. What is sent then is dropped.
+        stopping: Whether that is because this worker stops.
     """
 
-    __slots__ = ("again",)
+    __slots__ = ("again", "stopping")
 
     def __init__(self) -> None:
         self.again = False
+        self.stopping = False
 
 
 class Host(Protocol):
@@ -85,8 +90,8 @@ class Host(Protocol):
         """End the connections of a stream that began before a time."""
         ...
 
-    def is_reading(self, token: str) -> bool:
-        """Whether connections of a session are open."""
+    def reading(self, tokens: Iterable[str]) -> list[str]:
+        """Return those of the sessions that have connections."""
         ...
 
 
@@ -120,7 +125,7 @@ class Peers:
             # The link at the known place says where it is.
             place = Path(tempfile.mkdtemp(prefix=_ASIDE)) / "s"
             path.symlink_to(place)
-        self._server = await asyncio.start_unix_server(self._accept, place)
+        self._server = await asyncio.start_unix_server(self._accept, place, backlog=_BACKLOG)
 
     async def close(self) -> None:
         """Stop listening, and end what is being served."""
@@ -168,7 +173,12 @@ class Peers:
 
     async def _connect(self, worker: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         address = self._address_of(worker)
-        return await asyncio.open_unix_connection(address or self._path_of(worker).readlink())
+        reader, writer = await asyncio.open_unix_connection(address or self._path_of(worker).readlink())
+        if writer.get_extra_info("peername") is None:
+            # The queue of the other one is full: the system says try again, which asyncio takes for connected.
+            writer.close()
+            raise ConnectionRefusedError(f"worker {worker} has too many connections waiting")
+        return reader, writer
 
     # Asking.
 
@@ -221,7 +231,7 @@ class Peers:
             first.cancel()
         kind, *rest = first.result()
         if kind == "again":
-            return Outcome.AGAIN
+            return Outcome.STOPPING if rest[0] else Outcome.AGAIN
         start: Message = {"type": "http.response.start", "status": rest[0], "headers": rest[1]}
         if _is_stream(rest[1]):
             await connection.send(start)
@@ -247,7 +257,7 @@ class Peers:
                 self._host.end_connections(*arguments)
                 writer.write(_frame((True,)))
             elif command == "reading":
-                writer.write(_frame((self._host.is_reading(*arguments),)))
+                writer.write(_frame((self._host.reading(*arguments),)))
             elif command == "ping":
                 writer.write(_frame((True,)))
             await writer.drain()
@@ -302,7 +312,7 @@ class Peers:
         except Exception:
             logger.exception("a request that another worker passed on failed")
         if call.again:
-            writer.write(_frame(("again",)))
+            writer.write(_frame(("again", call.stopping)))
 
 
 async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter) -> None:

@@ -23,6 +23,8 @@ from logstore.storage.record import FLAG_IMPORTED
 
 logger = logging.getLogger("logstore.mcp")
 
+_NOWHERE: Final = "1"
+"""An event id that is as old as the hills."""
 _LINE_ENDS: Final = (b"\n", b"\r")
 
 
@@ -51,7 +53,11 @@ class Resumption:
         except GapError:
             # It is gone, and with it whose it was.
             stream = None
-        if stream is None or not session.owns(stream):
+        if stream is None:
+            return None
+        if not session.owns(stream):
+            # Found in memory, perhaps; one that is nowhere had to wait for the thread that reads.
+            await log.stream_of(_NOWHERE)
             return None
         try:
             return cls(log, stream, last_event_id, await _first_page(log, stream, last_event_id))

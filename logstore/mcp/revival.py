@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
-import msgspec
+from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Message, Scope
 
 from logstore.mcp.scope import SessionScope, current_session
@@ -26,6 +26,9 @@ _OF_THE_REQUEST: Final = frozenset(
     }
 )
 """Headers that say something of one request; the others say who sends it, and where to."""
+_KEPT: Final = ("protocolVersion", "capabilities", "clientInfo")
+MAX_INITIALIZE_BYTES: Final = 64 << 10
+"""Every worker keeps it in memory as long as the session lives."""
 _BODY_HEADERS: Final = (
     (b"accept", b"application/json, text/event-stream"),
     (b"content-type", b"application/json"),
@@ -57,6 +60,22 @@ def with_session_id(headers: Iterable[tuple[bytes, bytes]], session_id: str) -> 
     ]
 
 
+def initialize_of(body: bytes) -> bytes:
+    """Return what of a request it takes to open its session again; empty when it opens none.
+
+    Read as the SDK does: to it NaN is JSON.
+    """
+    try:
+        request = from_json(body)
+    except ValueError:
+        return b""
+    if not isinstance(request, dict) or request.get("method") != "initialize":
+        return b""
+    params = request.get("params")
+    kept = {name: params[name] for name in _KEPT if name in params} if isinstance(params, dict) else {}
+    return to_json({"jsonrpc": "2.0", "method": "initialize", "params": kept})
+
+
 async def open_inside(app: ASGIApp, session: SessionScope, initialize: bytes, scope: Scope) -> InnerResponse:
     """Open a session in the SDK as its client once did, and return what the SDK answered.
 
@@ -66,10 +85,10 @@ async def open_inside(app: ASGIApp, session: SessionScope, initialize: bytes, sc
         initialize: The body of the request that opened it.
         scope: Of the request on whose behalf it is done; the credential is in it.
     """
-    request = msgspec.json.decode(initialize)
+    request = from_json(initialize)
     # An id that no client has, and whose stream is not kept: the client got its answer long ago.
     request["id"] = session.unrecorded = f"logstore-{secrets.token_hex(8)}"
-    opened = await _call(app, session, scope, "POST", _BODY_HEADERS, msgspec.json.encode(request))
+    opened = await _call(app, session, scope, "POST", _BODY_HEADERS, to_json(request))
     if opened.status >= 400 or opened.session_id is None:
         return opened
     headers = (*_BODY_HEADERS, (SESSION_HEADER, opened.session_id.encode("latin-1")))

@@ -67,12 +67,14 @@ class SessionScope:
         """Note that a request was answered."""
         self.running.discard(name)
         self._names.pop(stream_id, None)
+        if self._text_ids:
+            self._text_ids.discard(stream_id)
 
     def refused(self, name: str) -> None:
         """Note that the SDK did not take a request."""
         self.running.discard(name)
         for stream_id in [each for each, known in self._names.items() if known == name]:
-            del self._names[stream_id]
+            self.answered(stream_id, name)
 
     def name_of(self, stream_id: str) -> str:
         """Return the name in the log of a stream of this session; never fails, since clients choose request ids."""

@@ -53,7 +53,8 @@ class ScopedEventStore(EventStore):
             logger.exception("an event of stream %r was sent without being stored", stream_id[:80])
             event_id = ""
         if message is None:
-            session.primed[name] = event_id
+            if session is not self._nobody:
+                session.primed[name] = event_id
         elif not isinstance(message, _NO_ANSWERS):
             session.answered(stream_id, name)
         return event_id

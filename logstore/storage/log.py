@@ -127,6 +127,7 @@ class Log:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        self.sessions.close()
         if self._parts is not None:
             await self._parts.close()
             _open_logs.discard(self)
@@ -156,9 +157,9 @@ class Log:
         await self.open()
         return self._opened()
 
-    async def _session_parts(self) -> tuple[OpenStore, Checkpointer]:
+    async def _session_parts(self) -> tuple[OpenStore, Checkpointer, GroupCommit]:
         parts = await self._ready()
-        return parts.store, parts.checkpointer
+        return parts.store, parts.checkpointer, parts.commit
 
     # Appending.
 

@@ -131,7 +131,7 @@ class Registry:
             DamageError: An entry that was on disk is bad.
             FormatVersionError: A newer release wrote it.
         """
-        with self._mutex, self._locked():
+        with self._locked(), self._mutex:
             if not self._path.exists():
                 header = FileHeader(kind=KIND_REGISTRY, store_id=store_id, salt=new_salt())
                 self._disk.publish(self._path, header.encode())
@@ -184,7 +184,7 @@ class Registry:
             now_us: The time.
             unchanged_since_us: End it only if its last change is not after this.
         """
-        with self._mutex, self._locked():
+        with self._locked(), self._mutex:
             self._catch_up()
             session = self._sessions.get(key)
             if unchanged_since_us is None or (session is not None and session.changed_us <= unchanged_since_us):
@@ -192,7 +192,7 @@ class Registry:
 
     def release(self, key: str, incarnation: int, now_us: int) -> None:
         """Note that a session's owner serves it no more, if it is the owner; on return that is on disk."""
-        with self._mutex, self._locked():
+        with self._locked(), self._mutex:
             self._catch_up()
             session = self._sessions.get(key)
             if session is not None and session.incarnation == incarnation and not session.released:
@@ -210,7 +210,7 @@ class Registry:
         Returns:
             The session as it is now: check whose it is. None when it has ended.
         """
-        with self._mutex, self._locked():
+        with self._locked(), self._mutex:
             self._catch_up()
             session = self._sessions.get(key)
             if session is not None and session.incarnation == previous:
@@ -219,7 +219,7 @@ class Registry:
             return session
 
     def _append(self, entry: Entry) -> None:
-        with self._mutex, self._locked():
+        with self._locked(), self._mutex:
             self._catch_up()
             self._append_locked(entry)
 
@@ -250,6 +250,7 @@ class Registry:
         self._reopen()
 
     def _locked(self) -> Lock:
+        """Keep other writers out; before the mutex is taken: who only reads must not wait for another process."""
         lock = self._disk.lock(self._root / "registry.lock", wait=True)
         assert lock is not None
         return lock

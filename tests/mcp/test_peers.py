@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import socket
 import stat
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,15 +31,16 @@ class Host:
     def end_connections(self, name: str, older_than_ns: int) -> None:
         self.ended.append((name, older_than_ns))
 
-    def is_reading(self, token: str) -> bool:
-        return token == "read"
+    def reading(self, tokens: Iterable[str]) -> list[str]:
+        return [token for token in tokens if token == "read"]
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with what was asked, or not at all."""
     body = (await receive())["body"]
-    if body == b"again":
+    if body in (b"again", b"stopping"):
         scope[CALL_KEY].again = True
+        scope[CALL_KEY].stopping = body == b"stopping"
     await send({"type": "http.response.start", "status": 201, "headers": scope["headers"]})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     if body == b"fail":
@@ -226,10 +230,34 @@ async def test_all_others_are_told_and_asked(tmp_path: Path) -> None:
     ):
         (tmp_path / "4.sock").touch()
         assert await one.tell_all("end", "token/1", 7) == [True, True]
-        assert await one.tell_all("reading", "read") == [True, True]
-        assert await one.tell_all("reading", "other") == [False, False]
+        assert await one.tell_all("reading", ["other", "read"]) == [["read"], ["read"]]
         assert await one.answers(2)
         assert not await one.answers(4)
         one.forget(4)
         assert sorted(one.others()) == [2, 3]
     assert [host.ended for host in hosts] == [[], [("token/1", 7)], [("token/1", 7)]]
+
+
+async def test_a_worker_that_stops_says_so(folder: Path) -> None:
+    async with opened(folder, 1, Host()) as one, opened(folder, 2, Host()):
+        assert (await forward(one, 2, b"again"))[0] is Outcome.AGAIN
+        outcome, client = await forward(one, 2, b"stopping")
+        assert outcome is Outcome.STOPPING
+        assert client.sent == []
+
+
+async def test_a_worker_whose_queue_is_full_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with opened(Path("peers"), 1, Host()) as one:
+        with contextlib.ExitStack() as waiting:
+            listener = waiting.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+            listener.bind("peers/2.sock")
+            listener.listen(0)
+            refused = 0
+            while refused != errno.EAGAIN:
+                waiter = waiting.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                waiter.setblocking(False)
+                refused = waiter.connect_ex("peers/2.sock")
+            outcome, client = await forward(one, 2, b"hello")
+            assert outcome is Outcome.UNREACHABLE
+            assert client.sent == []
