@@ -1,0 +1,216 @@
+"""What is done to a store beside those that write it: audits, verify, backups, compaction, reindex; one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from crash_forked import Forked
+from crash_kill import BrokenPromiseError
+from crash_ledger import Ledger, name_of
+from logstore.errors import IndexReplacedError, StoreLockedError
+from logstore.ops.access import StoreView, open_existing
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.backup.restore import restore
+from logstore.ops.backup.rotation import check_backup, delete_old
+from logstore.ops.compaction.compact import compact_at
+from logstore.ops.reindex import reindex_at
+from logstore.ops.verify.store import verify
+from logstore.storage import Log, LogOptions
+from logstore.storage.options import Retention
+
+REINDEXED: Final = re.compile(r"was removed, replaced or damaged while it was open")
+"""What open stores say, as an error, when another process has made the index again."""
+PATIENCE_S: Final = 900.0
+_PAUSE_S: Final = 0.5
+_PAGE: Final = 1_000
+_AUDITED_TASKS: Final = 4
+_SHARES: Final = {"audit": 0.15, "compact": 0.15, "back up": 0.1, "verify": 0.08, "reindex": 0.05, "restore": 0.04}
+"""Of the whole time, at most, however large the store is."""
+_KILLED: Final = 0.15
+
+
+def audit(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
+    """Compare what a look at the store shows with what is known; return how many events there are.
+
+    Raises:
+        BrokenPromiseError: With what is wrong.
+    """
+    with StoreView(path) as view:
+
+        def read(stream: int) -> Iterator[tuple[int, bytes]]:
+            return ((event.id, event.payload) for event in view.events(name_of(stream)))
+
+        return sum(ledger.check_task(task, read) for task in tasks)
+
+
+def audit_opened(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
+    """Compare what an open store reads with what is known; return how many events there are.
+
+    Raises:
+        BrokenPromiseError: With what is wrong.
+    """
+    log = Log(path, LogOptions(memory_bytes=1 << 20))
+    with asyncio.Runner() as runner:
+        runner.run(log.open())
+
+        def read(stream: int) -> Iterator[tuple[int, bytes]]:
+            after: str | None = None
+            while events := runner.run(log.read(name_of(stream), after, _PAGE)):
+                yield from ((event.id, event.payload) for event in events)
+                after = events[-1].event_id
+
+        events = sum(ledger.check_task(task, read) for task in tasks)
+        runner.run(log.close())
+    return events
+
+
+def verify_whole(path: Path) -> None:
+    """Verify the store.
+
+    Raises:
+        BrokenPromiseError: Something was found.
+    """
+    report = verify(path)
+    if not report.ok:
+        raise BrokenPromiseError(f"verify found {len(report.findings)} things, such as {report.findings[:5]}")
+
+
+class Chores:
+    """Chooses what is done next, and looks at how it ended.
+
+    Args:
+        folder: Where the store is, and what belongs to it.
+        path: The catalogue.
+        pool: Where backups go.
+        ledger: What is known; a chore has what it holds when the chore begins.
+        figures: What is counted.
+        seed: What everything is drawn from.
+        close: Returns the descriptors that a chore must not keep.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        path: Path,
+        pool: Path,
+        ledger: Ledger,
+        figures: Counter[str],
+        seed: str,
+        close: Callable[[], Iterable[int]],
+    ) -> None:
+        self._folder = folder
+        self._path = path
+        self._pool = pool
+        self._ledger = ledger
+        self._figures = figures
+        self._rng = random.Random(f"{seed} chores")
+        self._close = close
+        self._spent: dict[str, float] = dict.fromkeys(_SHARES, 0.0)
+        self._began = self._next = time.monotonic()
+        self._running: Forked | None = None
+        self._kind = ""
+        self._started = self._dies = 0.0
+
+    def go_on(self) -> None:
+        """Begin what is due, kill what is to be killed, look at what has ended.
+
+        Raises:
+            BrokenPromiseError: A chore went wrong.
+        """
+        now = time.monotonic()
+        if self._running is None:
+            if now > self._next:
+                self._begin(now)
+        elif self._running.ended():
+            self._end(now)
+        elif now > self._dies:
+            self._running.kill()
+            self._figures["chores killed"] += 1
+        elif now - self._started > PATIENCE_S:
+            raise BrokenPromiseError(f"{self._kind} is not done after {PATIENCE_S:.0f} s")
+
+    def settle(self, *, kill: bool = False) -> None:
+        """Return when nothing is under way.
+
+        Raises:
+            BrokenPromiseError: A chore went wrong.
+        """
+        if self._running is not None:
+            if kill:
+                self._running.kill()
+            self._running.wait(PATIENCE_S)
+            self._end(time.monotonic())
+
+    def kill(self) -> None:
+        """End what is under way."""
+        if self._running is not None:
+            self._running.kill()
+
+    def _begin(self, now: float) -> None:
+        allowed = [kind for kind, share in _SHARES.items() if self._spent[kind] <= share * (now - self._began)]
+        if not allowed or not self._path.exists():
+            return
+        self._kind = self._rng.choice(allowed)
+        works = {
+            "audit": self._audit,
+            "compact": self._compact,
+            "back up": self._back_up,
+            "verify": lambda: verify_whole(self._path),
+            "reindex": lambda: reindex_at(self._path),
+            "restore": self._restore,
+        }
+        self._started = now
+        self._dies = now + (self._rng.expovariate(2.0) if self._rng.random() < _KILLED else 2 * PATIENCE_S)
+        errors = self._folder / f"{self._kind}.stderr"
+        self._running = Forked(self._kind, errors, works[self._kind], self._close())
+
+    def _end(self, now: float) -> None:
+        assert self._running is not None
+        self._running.check(REINDEXED if self._figures["chores: reindex"] else None)
+        self._running = None
+        self._figures[f"chores: {self._kind}"] += 1
+        self._spent[self._kind] += now - self._started
+        self._next = now + self._rng.expovariate(1 / _PAUSE_S)
+
+    # In a process of its own, which has the ledger as it was when that began.
+
+    def _audit(self) -> None:
+        tasks = self._rng.sample(self._ledger.tasks, _AUDITED_TASKS)
+        self._rng.choice((audit, audit_opened))(self._path, self._ledger, tasks)
+
+    def _compact(self) -> None:
+        # Another process is at it, or the index was made again meanwhile.
+        with contextlib.suppress(StoreLockedError, IndexReplacedError):
+            compact_at(self._path, Retention())
+
+    def _back_up(self) -> Path:
+        target = FolderTarget(self._pool)
+        store = open_existing(self._path)
+        try:
+            result = create_backup(store, target)
+        finally:
+            store.close(empty=True)
+        if result.damaged:
+            raise BrokenPromiseError(f"a backup found damage: {result}")
+        delete_old(target, 0)
+        return Path(result.path)
+
+    def _restore(self) -> None:
+        backup = self._back_up()
+        if problems := check_backup(FolderTarget(self._pool), backup.name):
+            raise BrokenPromiseError(f"{backup}: {problems}")
+        place = self._folder / "restored"
+        shutil.rmtree(place, ignore_errors=True)
+        restore(backup, place / "events.db")
+        audit(place / "events.db", self._ledger, self._ledger.tasks)
+        shutil.rmtree(place)
