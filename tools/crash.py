@@ -95,7 +95,7 @@ _KINDS: Final = {
         "Have processes write, read and follow on one store, kill them at random over and over, compact, back up, "
         "verify and index it again meanwhile, and compare with what was acknowledged.",
         runs=1,
-        sizes={"events": 400_000, "kills": 60, "processes": 8},
+        sizes={"events": 300_000, "kills": 60, "processes": 8},
     ),
     "resume": _Kind(
         ResumeCampaign,

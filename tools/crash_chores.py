@@ -164,11 +164,12 @@ class Chores:
         works = {
             "audit": self._audit,
             "compact": self._compact,
-            "back up": self._back_up,
+            "back up": self._back_up_and_rotate,
             "verify": lambda: verify_whole(self._path),
             "reindex": lambda: reindex_at(self._path),
             "restore": self._restore,
         }
+        self._figures[f"chores: {self._kind}"] += 1
         self._started = now
         self._dies = now + (self._rng.expovariate(2.0) if self._rng.random() < _KILLED else 2 * PATIENCE_S)
         errors = self._folder / f"{self._kind}.stderr"
@@ -178,7 +179,6 @@ class Chores:
         assert self._running is not None
         self._running.check(REINDEXED if self._figures["chores: reindex"] else None)
         self._running = None
-        self._figures[f"chores: {self._kind}"] += 1
         self._spent[self._kind] += now - self._started
         self._next = now + self._rng.expovariate(1 / _PAUSE_S)
 
@@ -194,16 +194,20 @@ class Chores:
             compact_at(self._path, Retention())
 
     def _back_up(self) -> Path:
-        target = FolderTarget(self._pool)
         store = open_existing(self._path)
         try:
-            result = create_backup(store, target)
+            result = create_backup(store, FolderTarget(self._pool))
         finally:
             store.close(empty=True)
         if result.damaged:
             raise BrokenPromiseError(f"a backup found damage: {result}")
-        delete_old(target, 0)
         return Path(result.path)
+
+    def _back_up_and_rotate(self) -> None:
+        self._back_up()
+        # Another process is making a backup.
+        with contextlib.suppress(StoreLockedError):
+            delete_old(FolderTarget(self._pool), 0)
 
     def _restore(self) -> None:
         backup = self._back_up()

@@ -137,10 +137,11 @@ class Shown(NamedTuple):
 
 
 class _Reported(NamedTuple):
-    """A task's newest call in its process's report, and how many events of it stand there."""
+    """A task's newest call in its process's report, and how many of its events stand there."""
 
     call: int
     events: int
+    of: int
 
 
 class Ledger:
@@ -167,15 +168,15 @@ class Ledger:
         """Take up what a process has acknowledged; return how many bytes of whole lines that were."""
         end = len(report) - len(report) % RECORD.size
         own: dict[int, array[int]] = {}
-        calls: dict[int, tuple[int, int]] = {}
-        for stream, _, call, event_id in RECORD.iter_unpack(memoryview(report)[:end]):
+        calls: dict[int, tuple[int, int, int]] = {}
+        for stream, of, call, event_id in RECORD.iter_unpack(memoryview(report)[:end]):
             ids = own.get(stream)
             if ids is None:
                 ids = own[stream] = self.ids[stream].setdefault(life, array("Q"))
             ids.append(event_id)
             task = stream // STREAMS_A_TASK
             newest = calls.get(task) or self._calls.get((life, task))
-            calls[task] = (call, newest[1] + 1 if newest is not None and newest[0] == call else 1)
+            calls[task] = (call, newest[1] + 1 if newest is not None and newest[0] == call else 1, of)
         for stream, ids in own.items():
             self.newest[stream] = max(self.newest[stream], ids[-1])
         for task, reported in calls.items():
@@ -207,8 +208,9 @@ class Ledger:
             found = self._check_stream(stream, read(stream), unfinished)
             self._check_shown(stream, found)
             events += len(found)
-        for life in unfinished.keys() & self.ended:
-            self._check_unfinished(life, task, unfinished[life])
+        cut_off = {life for (life, of), newest in self._calls.items() if of == task and newest.events < newest.of}
+        for life in (unfinished.keys() | cut_off) & self.ended:
+            self._check_unfinished(life, task, unfinished.get(life, []))
         return events
 
     def _check_stream(
@@ -247,15 +249,16 @@ class Ledger:
                 raise BrokenPromiseError(f"of {name_of(stream)} a follower was not shown event {before}: {shown}")
 
     def _check_unfinished(self, life: int, task: int, marks: list[Mark]) -> None:
-        """Check what was written and not reported when its process died: one call of each task, and that call whole."""
-        newest = self._calls.get((life, task), _Reported(-1, 0))
-        call, of = marks[0].call, marks[0].of
-        reported = newest.events if call == newest.call else 0
-        if any(mark.call != call for mark in marks) or call > newest.call + 1:
+        """Check what was not reported when its process died: one call of each task, and that one whole."""
+        newest = self._calls.get((life, task), _Reported(-1, 0, 0))
+        # The report itself may end within a call.
+        last, reported, of = newest if newest.events < newest.of else (newest.call + 1, 0, marks[0].of)
+        if any(mark.call != last or mark.of != of for mark in marks):
             raise BrokenPromiseError(f"{marks} were stored, though the last call that was reported is {newest.call}")
         if len(marks) + reported != of:
             raise BrokenPromiseError(
-                f"{len(marks) + reported} of the {of} events of {marks[0]} were stored, all or none were promised"
+                f"{len(marks) + reported} of the {of} events of call {last} of life {life} were stored, all or none "
+                "were promised"
             )
 
     def check_ids(self) -> None:

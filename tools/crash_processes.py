@@ -285,7 +285,7 @@ class _Run:
         self._do(*((f"audit {n}", partial(compare, *each)) for n, each in enumerate(zip(parts, counts, strict=True))))
         found = sum(int(count.read_text()) for count in counts)
         self._figures["events compared in the end"] += found
-        self._figures["of them never acknowledged"] += found - self._ledger.events
+        self._figures["of them, never reported as acknowledged"] += found - self._ledger.events
 
     def _check_memory(self) -> None:
         """Check that no process has taken more than it should, whatever the number of events."""
