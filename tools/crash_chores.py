@@ -22,14 +22,16 @@ from logstore.ops.backup.create import create_backup
 from logstore.ops.backup.pool import FolderTarget
 from logstore.ops.backup.restore import restore
 from logstore.ops.backup.rotation import check_backup, delete_old
-from logstore.ops.compaction.compact import compact_at
+from logstore.ops.compaction import compact as compaction
 from logstore.ops.reindex import reindex_at
 from logstore.ops.verify.store import verify
 from logstore.storage import Log, LogOptions
+from logstore.storage.opening import OpenStore
 from logstore.storage.options import Retention
 
 REINDEXED: Final = re.compile(r"was removed, replaced or damaged while it was open")
 """What open stores say, as an error, when another process has made the index again."""
+COMPARED: Final = "events compared"
 PATIENCE_S: Final = 900.0
 _PAUSE_S: Final = 0.5
 _PAGE: Final = 1_000
@@ -37,10 +39,12 @@ _AUDITED_TASKS: Final = 4
 _SHARES: Final = {"audit": 0.15, "compact": 0.15, "back up": 0.1, "verify": 0.08, "reindex": 0.05, "restore": 0.04}
 """Of the whole time, at most, however large the store is."""
 _KILLED: Final = 0.15
+_EAGER: Final = {"_MOST_SMALL": 60, "_KEPT_SMALL": 30, "_GROWN_RUNS": 4, "_GROWN_BYTES": 32 << 10}
+"""A small part of how many small files, and how much of a stream in packs, compaction leaves alone."""
 
 
-def audit(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
-    """Compare what a look at the store shows with what is known; return how many events there are.
+def audit(path: Path, ledger: Ledger, tasks: Iterable[int]) -> Counter[str]:
+    """Compare what a look at the store shows with what is known; return how many events that were.
 
     Raises:
         BrokenPromiseError: With what is wrong.
@@ -50,11 +54,11 @@ def audit(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
         def read(stream: int) -> Iterator[tuple[int, bytes]]:
             return ((event.id, event.payload) for event in view.events(name_of(stream)))
 
-        return sum(ledger.check_task(task, read) for task in tasks)
+        return Counter({COMPARED: sum(ledger.check_task(task, read) for task in tasks)})
 
 
-def audit_opened(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
-    """Compare what an open store reads with what is known; return how many events there are.
+def audit_opened(path: Path, ledger: Ledger, tasks: Iterable[int]) -> Counter[str]:
+    """Compare what an open store reads with what is known; return how many events that were.
 
     Raises:
         BrokenPromiseError: With what is wrong.
@@ -71,10 +75,10 @@ def audit_opened(path: Path, ledger: Ledger, tasks: Iterable[int]) -> int:
 
         events = sum(ledger.check_task(task, read) for task in tasks)
         runner.run(log.close())
-    return events
+    return Counter({COMPARED: events})
 
 
-def verify_whole(path: Path) -> None:
+def verify_whole(path: Path) -> Counter[str]:
     """Verify the store.
 
     Raises:
@@ -83,6 +87,21 @@ def verify_whole(path: Path) -> None:
     report = verify(path)
     if not report.ok:
         raise BrokenPromiseError(f"verify found {len(report.findings)} things, such as {report.findings[:5]}")
+    return Counter({"events verified": report.events})
+
+
+def make_index(path: Path) -> Counter[str]:
+    """Make the index again."""
+    return Counter({"events indexed again": reindex_at(path).events})
+
+
+def compact_eagerly(store: OpenStore) -> Counter[str]:
+    """Compact what is worth it, and what would be in a store of many times the size."""
+    vars(compaction).update(_EAGER)
+    # Another process is at it, or the index was made again meanwhile.
+    with contextlib.suppress(StoreLockedError, IndexReplacedError):
+        return Counter({"events moved by compaction": compaction.compact(store, Retention()).moved_events})
+    return Counter()
 
 
 class Chores:
@@ -166,7 +185,7 @@ class Chores:
             "compact": self._compact,
             "back up": self._back_up_and_rotate,
             "verify": lambda: verify_whole(self._path),
-            "reindex": lambda: reindex_at(self._path),
+            "reindex": lambda: make_index(self._path),
             "restore": self._restore,
         }
         self._figures[f"chores: {self._kind}"] += 1
@@ -178,20 +197,23 @@ class Chores:
     def _end(self, now: float) -> None:
         assert self._running is not None
         self._running.check(REINDEXED if self._figures["chores: reindex"] else None)
+        self._figures.update(self._running.counted())
         self._running = None
         self._spent[self._kind] += now - self._started
         self._next = now + self._rng.expovariate(1 / _PAUSE_S)
 
     # In a process of its own, which has the ledger as it was when that began.
 
-    def _audit(self) -> None:
+    def _audit(self) -> Counter[str]:
         tasks = self._rng.sample(self._ledger.tasks, _AUDITED_TASKS)
-        self._rng.choice((audit, audit_opened))(self._path, self._ledger, tasks)
+        return self._rng.choice((audit, audit_opened))(self._path, self._ledger, tasks)
 
-    def _compact(self) -> None:
-        # Another process is at it, or the index was made again meanwhile.
-        with contextlib.suppress(StoreLockedError, IndexReplacedError):
-            compact_at(self._path, Retention())
+    def _compact(self) -> Counter[str]:
+        store = open_existing(self._path)
+        try:
+            return compact_eagerly(store)
+        finally:
+            store.close(empty=True)
 
     def _back_up(self) -> Path:
         store = open_existing(self._path)
@@ -203,18 +225,20 @@ class Chores:
             raise BrokenPromiseError(f"a backup found damage: {result}")
         return Path(result.path)
 
-    def _back_up_and_rotate(self) -> None:
+    def _back_up_and_rotate(self) -> Counter[str]:
         self._back_up()
         # Another process is making a backup.
         with contextlib.suppress(StoreLockedError):
-            delete_old(FolderTarget(self._pool), 0)
+            return Counter({"old backups removed": delete_old(FolderTarget(self._pool), 0)})
+        return Counter()
 
-    def _restore(self) -> None:
+    def _restore(self) -> Counter[str]:
         backup = self._back_up()
         if problems := check_backup(FolderTarget(self._pool), backup.name):
             raise BrokenPromiseError(f"{backup}: {problems}")
         place = self._folder / "restored"
         shutil.rmtree(place, ignore_errors=True)
         restore(backup, place / "events.db")
-        audit(place / "events.db", self._ledger, self._ledger.tasks)
+        compared = audit(place / "events.db", self._ledger, self._ledger.tasks)
         shutil.rmtree(place)
+        return Counter({"events restored and compared": compared.total()})

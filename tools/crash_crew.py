@@ -16,14 +16,16 @@ from typing import Final
 
 from crash_chores import REINDEXED
 from crash_forked import Forked
-from crash_kill import BrokenPromiseError
+from crash_kill import BrokenPromiseError, read_lines
 from crash_ledger import ID_BYTES, STREAMS_A_SLOT, Ledger, name_of
-from crash_member import Follow, Orders, Sample, live, looks_path, report_path, shown_path
+from crash_member import Follow, Orders, Sample, counts_path, live, report_path, shown_path
 from logstore.storage import LogOptions
 
 PATIENCE_S: Final = 300.0
 """Longer than it takes to make the index of ten million events again on a busy machine."""
-_FOLLOWED: Final = 3
+CLOCK_BEHIND_MS: Final = 5_000
+"""More than ids are reserved ahead."""
+_FOLLOWED: Final = 4
 _FROM_BEGINNING: Final = 0.1
 _SHORT: Final = 20_000
 """Events of a stream that anybody may follow from its beginning."""
@@ -116,7 +118,15 @@ class Crew:
         """Start a process; it serves nothing yet."""
         life = self._lives = self._lives + 1
         orders = Orders(
-            self._path, self._pool, self._reports, life, self._seed, self._options(), self._follows(), self._samples()
+            path=self._path,
+            pool=self._pool,
+            reports=self._reports,
+            life=life,
+            seed=self._seed,
+            options=self._options(),
+            behind_ms=self._rng.choice((0, self._rng.randrange(CLOCK_BEHIND_MS))),
+            follows=self._follows(),
+            samples=self._samples(),
         )
         theirs, ours = os.pipe()
         close = [ours, *self.descriptors()]
@@ -184,8 +194,10 @@ class Crew:
                 shown = _read(shown_path(self._reports, member.life, place))
                 self._figures["events followed"] += self._ledger.learn_shown(follow.stream, follow.after, shown)
                 shown_path(self._reports, member.life, place).unlink(missing_ok=True)
-            self._figures["events looked for"] += len(_read(looks_path(self._reports, member.life)))
-            for path in (report_path(self._reports, member.life), looks_path(self._reports, member.life)):
+            for line in read_lines(counts_path(self._reports, member.life)):
+                count, _, what = line.partition(" ")
+                self._figures[what] += int(count)
+            for path in (report_path(self._reports, member.life), counts_path(self._reports, member.life)):
                 path.unlink(missing_ok=True)
             member.process.check(REINDEXED if self._figures["chores: reindex"] else None)
             if member.process.status == 0 and not member.ending:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -28,13 +30,15 @@ class Forked:
         status: How it ended, as `subprocess` says it; None while it runs.
     """
 
-    def __init__(self, name: str, errors: Path, work: Callable[[], object], close: Iterable[int] = ()) -> None:
+    def __init__(
+        self, name: str, errors: Path, work: Callable[[], Counter[str] | None], close: Iterable[int] = ()
+    ) -> None:
         """Fork.
 
         Args:
             name: What it is called.
             errors: Where its stderr goes.
-            work: What it does; its status is 0 when that returns, 1 when it raises.
+            work: What it does, and what it counts; its status is 0 when that returns, 1 when it raises.
             close: Descriptors that are not for it.
         """
         self.name = name
@@ -77,6 +81,14 @@ class Forked:
             return self._errors.read_text(errors="replace")
         return ""
 
+    def counted(self) -> Counter[str]:
+        """Return what it has counted, once; nothing when it did not come to its end."""
+        counts: Counter[str] = Counter()
+        with contextlib.suppress(FileNotFoundError):
+            counts.update(json.loads(_counts_path(self._errors).read_text()))
+            _counts_path(self._errors).unlink()
+        return counts
+
     def check(self, allowed: re.Pattern[str] | None = None) -> None:
         """Look how it ended, and forget what it said when nothing is wrong with that.
 
@@ -93,7 +105,11 @@ class Forked:
         self._errors.unlink(missing_ok=True)
 
 
-def _work(errors: Path, work: Callable[[], object], close: Iterable[int]) -> None:
+def _counts_path(errors: Path) -> Path:
+    return errors.with_suffix(".counts")
+
+
+def _work(errors: Path, work: Callable[[], Counter[str] | None], close: Iterable[int]) -> None:
     """Do the work of a forked process, and end it without what its parent does in the end."""
     status = 1
     try:
@@ -101,7 +117,8 @@ def _work(errors: Path, work: Callable[[], object], close: Iterable[int]) -> Non
             os.close(descriptor)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, force=True)
-        work()
+        if (counts := work()) is not None:
+            _counts_path(errors).write_text(json.dumps(counts))
         status = 0
     except BaseException:
         os.write(2, traceback.format_exc().encode())

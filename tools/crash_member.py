@@ -1,7 +1,7 @@
 """A process of the campaign of many processes: it writes, reads and follows until it is killed, and checks what comes.
 
 What it is to serve it hears on a pipe, a line each: `serve SLOT ID…`, `release SLOT`, `quiet`, `write`, `compact`,
-`back up`, `stop`.
+`back-up`, `clock MILLISECONDS` behind, `stop`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import contextlib
 import itertools
 import os
 import random
+import time
+from collections import Counter
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Final
 
+from crash_chores import compact_eagerly
 from crash_kill import BrokenPromiseError
 from crash_ledger import (
     ID_BYTES,
@@ -29,18 +32,16 @@ from crash_ledger import (
     tasks_of,
 )
 from crash_writer import POLL_S
-from logstore.errors import IndexReplacedError, StoreLockedError
 from logstore.ops.backup.create import create_backup
 from logstore.ops.backup.pool import FolderTarget
-from logstore.ops.compaction.compact import compact
 from logstore.storage import Log, LogOptions
-from logstore.storage.options import Retention
 
 _TAKE_OVER_S: Final = 240.0
 _BATCHES: Final = (1, 1, 1, 1, 2, 3, 8, 20, 60, 100)
 _WEIGHTS: Final = (3, 1)
 """Of a task's streams: the first grows faster."""
 _LOOK_PAUSE_S: Final = 0.05
+_clock: Final = time.time_ns
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Orders:
         life: Number of the process, never used twice.
         seed: What sizes and streams are drawn from.
         options: How it opens the store.
+        behind_ms: How far its clock is behind the machine's, in milliseconds, when it begins.
         follows: What it follows.
         samples: What it looks for.
     """
@@ -80,6 +82,7 @@ class Orders:
     life: int
     seed: int
     options: LogOptions
+    behind_ms: int
     follows: tuple[Follow, ...]
     samples: tuple[Sample, ...]
 
@@ -94,13 +97,19 @@ def shown_path(reports: Path, life: int, place: int) -> Path:
     return reports / f"{life}-{place}.shown"
 
 
-def looks_path(reports: Path, life: int) -> Path:
-    """Return the file that grows by a byte with each event that a process has looked for and found."""
-    return reports / f"{life}.looks"
+def counts_path(reports: Path, life: int) -> Path:
+    """Return the file to which a process writes what it counts, a line each."""
+    return reports / f"{life}.counts"
+
+
+def set_clock_back(milliseconds: int) -> None:
+    """Have this process see a clock that is behind the machine's: one that was set back, or put right again."""
+    vars(time)["time_ns"] = lambda: _clock() - milliseconds * 1_000_000
 
 
 def live(orders: Orders, commands: int) -> None:
     """Do as is told until the process is killed, or told to stop."""
+    set_clock_back(orders.behind_ms)
     asyncio.run(_Member(orders, commands).live())
 
 
@@ -112,7 +121,7 @@ class _Member:
         self._half_line = ""
         self._log = Log(orders.path, orders.options)
         self._report = _report_to(report_path(orders.reports, orders.life))
-        self._looks = _report_to(looks_path(orders.reports, orders.life))
+        self._counts = _report_to(counts_path(orders.reports, orders.life))
         self._writing = asyncio.Event()
         self._stopping = False
         self._released: set[int] = set()
@@ -151,10 +160,10 @@ class _Member:
             tasks.create_task(self._serve(tasks, numbers[0], numbers[1:]))
         elif word == "release":
             tasks.create_task(self._release(numbers[0]))
-        elif word == "compact":
-            tasks.create_task(self._compact())
+        elif word == "clock":
+            set_clock_back(numbers[0])
         else:
-            tasks.create_task(self._back_up())
+            tasks.create_task(self._compact() if word == "compact" else self._back_up())
 
     # Writing.
 
@@ -258,20 +267,22 @@ class _Member:
         track = Track(stream, whole=False)
         for event_id, payload in events:
             track.take(event_id, payload)
-        os.write(self._looks, bytes(len(events)))
+        self._count(Counter({"events looked for": len(events)}))
 
     # What a server does beside.
 
     async def _compact(self) -> None:
-        # Another process is at it, or the index was made again meanwhile.
-        with contextlib.suppress(StoreLockedError, IndexReplacedError):
-            await self._log.maintain(lambda store: compact(store, Retention()))
+        self._count(await self._log.maintain(compact_eagerly))
 
     async def _back_up(self) -> None:
         pool = FolderTarget(self._orders.pool)
         result = await self._log.maintain(lambda store: create_backup(store, pool))
         if result.damaged:
             raise BrokenPromiseError(f"a backup found damage: {result}")
+        self._count(Counter({"backups by a writing process": 1}))
+
+    def _count(self, counts: Counter[str]) -> None:
+        os.write(self._counts, "".join(f"{count} {what}\n" for what, count in counts.items()).encode())
 
 
 def _report_to(path: Path) -> int:

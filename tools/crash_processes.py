@@ -23,12 +23,11 @@ from typing import Final
 # Run as a script, this folder is on the path and the checkout is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from crash_chores import PATIENCE_S, Chores, audit, audit_opened, verify_whole
-from crash_crew import Crew, Member
+from crash_chores import COMPARED, PATIENCE_S, Chores, audit, audit_opened, make_index, verify_whole
+from crash_crew import CLOCK_BEHIND_MS, Crew, Member
 from crash_forked import Forked
 from crash_kill import BrokenPromiseError
 from crash_ledger import Ledger
-from logstore.ops.reindex import reindex_at
 from logstore.storage.indexing import SQLITE_FILES
 
 _TICK_S: Final = 0.02
@@ -36,17 +35,18 @@ _HASTE: Final = 0.3
 _YOUNG_S: Final = 0.3
 _DIES_YOUNG: Final = 0.15
 _ALL_AT_ONCE: Final = 0.03
-_SOME_AT_ONCE: Final = 0.12
+_SOME_AT_ONCE: Final = 0.1
 _TOLD_TO_END: Final = 0.05
 _STOP_PAUSE_S: Final = 2.0
 _LONGEST_STOP_S: Final = 1.5
 _HAND_OVER_PAUSE_S: Final = 2.0
 _WORK_PAUSE_S: Final = 3.0
+_CLOCK_PAUSE_S: Final = 1.0
 _INDEX_LOST: Final = (0.15, 0.5, 0.85)
 """After which share of the kills the index is deleted while nobody has the store open."""
 _QUIET_KILLS: Final = 40
 _QUIET_S: Final = 60.0
-_TELL_S: Final = 30.0
+_TELL_S: Final = 10.0
 _MOST_MIB: Final = 1024
 _LOOKED_AT: Final = 2
 """Tasks of which all streams are read when all processes are dead."""
@@ -109,6 +109,7 @@ class _Run:
         self._crew = Crew(self._path, pool, folder / "reports", self._ledger, figures, seed)
         self._chores = Chores(folder, self._path, pool, self._ledger, figures, str(seed), self._crew.descriptors)
         self._began = time.monotonic()
+        self._told = 0.0
         self._due: dict[str, float] = {}
         self._young: dict[Member, float] = {}
 
@@ -137,8 +138,8 @@ class _Run:
             elif quiet and done >= quiet[0]:
                 quiet.pop(0)
                 self._be_quiet()
-            elif done < kills * min(1.0, self._ledger.events / events):
-                self._kill()
+            elif (late := kills * min(1.0, self._ledger.events / events) - done) > 0:
+                self._kill(late)
             self._disturb()
             self._tell()
             time.sleep(self._rng.uniform(0, _TICK_S))
@@ -146,28 +147,31 @@ class _Run:
 
     # What happens to processes.
 
-    def _kill(self) -> None:
-        """Kill one, several or all, or tell one to end."""
+    def _kill(self, late: float) -> None:
+        """Kill one, several or all, or tell one to end; sooner when `late` says that more kills are due."""
         now = time.monotonic()
-        drawn = self._rng.random()
         young = next((member for member, dies in self._young.items() if dies < now), None)
         if young is not None:
             del self._young[young]
             if young in self._crew.members:
                 self._kill_and_replace([young])
-        elif drawn > _HASTE:
-            return
-        elif drawn < _HASTE * _ALL_AT_ONCE:
+        elif self._rng.random() < _HASTE * late:
+            self._kill_some()
+
+    def _kill_some(self) -> None:
+        members = self._crew.members
+        drawn = self._rng.random()
+        if drawn < _ALL_AT_ONCE:
             self._kill_all()
-        elif drawn < _HASTE * _SOME_AT_ONCE:
-            self._kill_and_replace(self._rng.sample(self._crew.members, min(3, len(self._crew.members))))
-        elif drawn < _HASTE * (_SOME_AT_ONCE + _TOLD_TO_END):
-            member = self._rng.choice(self._crew.members)
+        elif drawn < _ALL_AT_ONCE + _SOME_AT_ONCE:
+            self._kill_and_replace(self._rng.sample(members, min(3, len(members))))
+        elif drawn < _ALL_AT_ONCE + _SOME_AT_ONCE + _TOLD_TO_END:
+            member = self._rng.choice(members)
             member.go_on()
             member.tell("stop")
             member.ending = True
         else:
-            self._kill_and_replace([self._rng.choice(self._crew.members)])
+            self._kill_and_replace([self._rng.choice(members)])
 
     def _kill_and_replace(self, victims: list[Member]) -> None:
         orphans = self._crew.kill(victims)
@@ -206,7 +210,10 @@ class _Run:
         if self._is_due("work", _WORK_PAUSE_S) and not member.ending:
             work = self._rng.choice(("compact", "back-up"))
             member.tell(work)
-            self._figures[f"told to {work}"] += 1
+            self._figures[f"times a writing process was told to {work}"] += 1
+        if self._is_due("clock", _CLOCK_PAUSE_S):
+            member.tell("clock", self._rng.randrange(CLOCK_BEHIND_MS))
+            self._figures["times a clock was set"] += 1
         if self._is_due("hand over", _HAND_OVER_PAUSE_S):
             self._crew.hand_over()
 
@@ -254,7 +261,7 @@ class _Run:
         self._audit(audit_opened)
         self._ledger.check_ids()
         self._delete_index()
-        self._do(("reindex in the end", partial(reindex_at, self._path)))
+        self._do(("reindex in the end", partial(make_index, self._path)))
         self._audit(audit)
         self._do(("verify of the new index", partial(verify_whole, self._path)))
         self._check_memory()
@@ -263,29 +270,25 @@ class _Run:
         for suffix in SQLITE_FILES:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
-    def _do(self, *works: tuple[str, Callable[[], object]]) -> None:
+    def _do(self, *works: tuple[str, Callable[[], Counter[str]]]) -> None:
         """Do something in a process each, and wait for them."""
         forked = [Forked(name, self._folder / f"{name}.stderr", work, self._crew.descriptors()) for name, work in works]
         try:
             for process in forked:
                 process.wait(PATIENCE_S)
                 process.check()
+                self._figures.update(process.counted())
         finally:
             for process in forked:
                 process.kill()
 
-    def _audit(self, how: Callable[[Path, Ledger, Iterable[int]], int]) -> None:
-        """Compare all streams."""
+    def _audit(self, how: Callable[[Path, Ledger, Iterable[int]], Counter[str]]) -> None:
+        """Compare all streams, in as many processes as are of use."""
         parts = [self._ledger.tasks[part::_AUDITORS] for part in range(_AUDITORS)]
-        counts = [self._folder / f"events-{part}" for part in range(_AUDITORS)]
-
-        def compare(tasks: range, count: Path) -> None:
-            count.write_text(str(how(self._path, self._ledger, tasks)))
-
-        self._do(*((f"audit {n}", partial(compare, *each)) for n, each in enumerate(zip(parts, counts, strict=True))))
-        found = sum(int(count.read_text()) for count in counts)
-        self._figures["events compared in the end"] += found
-        self._figures["of them, never reported as acknowledged"] += found - self._ledger.events
+        before = self._figures[COMPARED]
+        self._do(*((f"audit {n}", partial(how, self._path, self._ledger, part)) for n, part in enumerate(parts)))
+        compared = self._figures[COMPARED] - before
+        self._figures["events in the end, acknowledged or not"] = compared
 
     def _check_memory(self) -> None:
         """Check that no process has taken more than it should, whatever the number of events."""
@@ -297,6 +300,7 @@ class _Run:
                 raise BrokenPromiseError(f"{name} took {most_mib} MiB of memory")
 
     def _tell(self) -> None:
-        if self._is_due("word", _TELL_S):
-            seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._began
+        if seconds > self._told + _TELL_S:
+            self._told = seconds
             sys.stderr.write(f"{seconds:6.0f} s: {self._ledger.events:,} events, {self._figures['kills']} kills\n")
