@@ -67,9 +67,16 @@ class Sessions:
     async def release(self, key: str) -> None:
         """Let whoever is asked for a session of this process next take it over; on return that is on disk.
 
-        The caller writes nothing to its streams any more.
+        The caller writes nothing to its streams any more. What they hold is in segments before the session goes: what
+        another lane adds must not be found without it, neither by who reads at that moment nor after a power cut.
+
+        Raises:
+            WriteFailedError: The journals cannot be emptied; the session is still this process's.
         """
-        store, _ = await self._ready()
+        store, checkpointer = await self._ready()
+        session = await asyncio.to_thread(store.registry.find, key)
+        if session is not None:
+            await checkpointer.empty(session.stream_prefix)
         await asyncio.to_thread(store.registry.release, key, store.lane.incarnation, time.time_ns() // 1000)
 
     async def touch(self, key: str) -> None:
