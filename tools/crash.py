@@ -22,6 +22,7 @@ try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_processes import ProcessesCampaign
     from crash_resume import ResumeCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
@@ -84,6 +85,17 @@ _KINDS: Final = {
         "all damage to content was reported, nothing was served that had not been stored, no command broke",
         "one random place of one file damaged, and everything asked of the store",
         "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
+    ),
+    "processes": _Kind(
+        ProcessesCampaign,
+        "events acknowledged",
+        "every acknowledged event was there, once, in order, with its payload, and so was every event that a follower "
+        "was shown; followers missed none; no id was given out twice; no process ended but by its kill, or as told",
+        "many processes on one store, killed at random over and over",
+        "Have processes write, read and follow on one store, kill them at random over and over, compact, back up, "
+        "verify and index it again meanwhile, and compare with what was acknowledged.",
+        runs=1,
+        sizes={"events": 300_000, "kills": 60, "processes": 8},
     ),
     "resume": _Kind(
         ResumeCampaign,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from logstore.errors import WriteFailedError
 from logstore.storage.commit import GroupCommit
 from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore
@@ -19,6 +21,7 @@ logger = logging.getLogger("logstore")
 _ADOPT_S: Final = 1.0
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 5.0
+_LOOK_S: Final = 0.2
 
 _TIDY_STREAMS: Final = 500
 """Streams trimmed in one turn of the loop: about a millisecond."""
@@ -48,6 +51,7 @@ class Checkpointer:
         self._running = False
         self._closed = False
         self._retry_s = _FIRST_RETRY_S
+        self._done = asyncio.Event()
         self.checkpoints = 0
         self.latencies = Latencies()
 
@@ -75,6 +79,9 @@ class Checkpointer:
                 self._failed(error)
                 return
             self.checkpoints += 1
+            # Whoever waits for this one has an event of its own.
+            self._done.set()
+            self._done = asyncio.Event()
             self._retry_s = _FIRST_RETRY_S
             self._tail.segmented(generations)
             self._tidy()
@@ -97,6 +104,24 @@ class Checkpointer:
                 break
             generations.append(generation)
         return generations
+
+    async def empty(self, prefix: str) -> None:
+        """Return when the events are in segments that are visible now on streams whose names begin so.
+
+        Raises:
+            WriteFailedError: They cannot be brought there.
+        """
+        newest = self._tail.newest_unsegmented(prefix)
+        while newest in self._tail.generations:
+            failure = self._commit.failure
+            reason = self._commit.stuck if failure is None else failure.reason
+            if reason is not None:
+                raise WriteFailedError(f"journals cannot be emptied into segments: {reason}")
+            self._commit.rotate()
+            # Not only after a checkpoint: while the journal fails there may be none.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._done.wait()
 
     def _tidy(self) -> None:
         if self._tail.tidy(_TIDY_STREAMS) and self._loop is not None:

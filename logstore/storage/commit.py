@@ -386,17 +386,6 @@ class GroupCommit:
         # Appends queue meanwhile: a write beside a sync could fail into it.
         self._give(self._sync, done)
 
-    async def sync(self) -> None:
-        """Return when everything that is visible is on disk, or the journal has failed."""
-        if not self._tail.generations:
-            return
-        newest = self._tail.generations[-1]
-        events = len(newest.ids)
-        while self.failure is None and newest.synced < events:
-            if not self._busy:
-                self._start_sync()
-            await self._turn()
-
     def _sync(self) -> None:
         """Sync the journal, in its thread."""
         started_s = time.monotonic()
@@ -572,16 +561,12 @@ class GroupCommit:
 
     async def _settle(self) -> None:
         """Return when nothing is queued and the journal's thread has nothing to do."""
+        assert self._loop is not None
         while self._busy or self._pending.ids:
             self._schedule()
-            await self._turn()
-
-    async def _turn(self) -> None:
-        """Return when the journal's thread has done what it was given."""
-        assert self._loop is not None
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._worker.give(lambda: None, functools.partial(_finish, turn))
-        await turn
+            turn: asyncio.Future[None] = self._loop.create_future()
+            self._worker.give(lambda: None, functools.partial(_finish, turn))
+            await turn
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""

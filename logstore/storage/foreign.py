@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 
 from logstore.errors import DamageError
 from logstore.storage.files import Disk
-from logstore.storage.header import HEADER_BYTES
-from logstore.storage.journal import JournalReader, read_header
+from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header
+from logstore.storage.journal import JournalReader
 from logstore.storage.lane import END_OF_FILE, Marks, Place, journal_ordinals, journal_path, lane_folders
 from logstore.storage.record import decode_frame, iter_frames
 
@@ -48,8 +48,9 @@ class _Journal:
         self._disk = disk
         self._fd = disk.open(path)
         try:
+            # Read once: its writer may be writing it at this moment.
             encoded = disk.read(self._fd, HEADER_BYTES, 0)
-            self.header = read_header(disk, self._fd, path)
+            self.header = decode_header(encoded, path, KIND_JOURNAL)
         except BaseException:
             disk.close(self._fd)
             raise

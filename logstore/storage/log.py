@@ -157,9 +157,9 @@ class Log:
         await self.open()
         return self._opened()
 
-    async def _session_parts(self) -> tuple[OpenStore, Checkpointer, GroupCommit]:
+    async def _session_parts(self) -> tuple[OpenStore, Checkpointer]:
         parts = await self._ready()
-        return parts.store, parts.checkpointer, parts.commit
+        return parts.store, parts.checkpointer
 
     # Appending.
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from logstore.storage.checkpointer import Checkpointer
-from logstore.storage.commit import GroupCommit
 from logstore.storage.opening import OpenStore
 from logstore.storage.registry import Session
 
@@ -21,10 +20,10 @@ class Sessions:
     """The sessions of a store; see `Registry`. Reached as `Log.sessions`.
 
     Args:
-        ready: Opens the store when it is not open, and returns it with its checkpointer and its commits.
+        ready: Opens the store when it is not open, and returns it with its checkpointer.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer, GroupCommit]]]) -> None:
+    def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]]) -> None:
         self._ready = ready
         # Who writes may wait for another process; who reads, in the threads of the loop, must not wait behind.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="logstore-sessions")
@@ -38,7 +37,7 @@ class Sessions:
 
     async def incarnation(self) -> int:
         """Return what this opening of the store is called as an owner."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         return store.lane.incarnation
 
     async def open(self, key: str, data: bytes, stream_prefix: str = "") -> Session:
@@ -50,19 +49,19 @@ class Sessions:
             stream_prefix: What the names of its streams, and of no others, begin with: when the session has ended,
                 retention drops them.
         """
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         now_us = time.time_ns() // 1000
         incarnation = store.lane.incarnation
         return await self._write(store.registry.open_session, key, incarnation, now_us, data, stream_prefix)
 
     async def find(self, key: str) -> Session | None:
         """Return a session that has not ended."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         return await asyncio.to_thread(store.registry.find, key)
 
     async def all(self) -> list[Session]:
         """Return every session that has not ended, oldest first."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         return await asyncio.to_thread(store.registry.sessions)
 
     async def end(self, key: str, *, unchanged_since_us: int | None = None) -> None:
@@ -72,7 +71,7 @@ class Sessions:
             key: The session.
             unchanged_since_us: End it only if its last change is not after this, in microseconds since 1970.
         """
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         now_us = time.time_ns() // 1000
         incarnation = store.lane.incarnation
         end = partial(store.registry.end_session, unchanged_since_us=unchanged_since_us)
@@ -81,22 +80,27 @@ class Sessions:
     async def release(self, key: str) -> None:
         """Let whoever is asked for a session of this process next take it over; on return that is on disk.
 
-        The caller writes nothing to its streams any more. What it wrote is on disk before, whatever the durability: a
-        power cut must not take it from below what the next owner writes.
+        The caller writes nothing to its streams any more. What they hold is in segments before the session goes: what
+        another lane adds must not be found without it, neither by who reads at that moment nor after a power cut.
+
+        Raises:
+            WriteFailedError: The journals cannot be emptied; the session is still this process's.
         """
-        store, _, commit = await self._ready()
-        await commit.sync()
+        store, checkpointer = await self._ready()
+        session = await asyncio.to_thread(store.registry.find, key)
+        if session is not None:
+            await checkpointer.empty(session.stream_prefix)
         await self._write(store.registry.release, key, store.lane.incarnation, time.time_ns() // 1000)
 
     async def touch(self, key: str) -> None:
         """Renew the time of the last change of a session of this process."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         own = store.lane.incarnation
         await self._write(store.registry.take_over, key, own, own, time.time_ns() // 1000)
 
     async def unserved(self, keys: Iterable[str]) -> set[str]:
         """Return those of the sessions whose owner is dead."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
 
         def look() -> set[str]:
             found = [session for key in keys if (session := store.registry.find(key)) and not session.released]
@@ -107,7 +111,7 @@ class Sessions:
 
     async def is_alive(self, incarnation: int) -> bool:
         """Whether the opening with this incarnation still has the store open."""
-        store, *_ = await self._ready()
+        store, _ = await self._ready()
         return await asyncio.to_thread(store.is_alive, incarnation)
 
     async def take_over(self, key: str) -> Session | None:
@@ -118,7 +122,7 @@ class Sessions:
         Returns:
             The session; its `incarnation` tells whether it is this process's now. None when it has ended.
         """
-        store, checkpointer, _ = await self._ready()
+        store, checkpointer = await self._ready()
 
         def take() -> tuple[Session | None, int]:
             session = store.registry.find(key)

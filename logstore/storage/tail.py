@@ -169,6 +169,13 @@ class Tail:
                 return generation.owners[place].name
         return None
 
+    def newest_unsegmented(self, prefix: str) -> Generation | None:
+        """Return the newest generation with events of streams whose names begin so, None when there is none."""
+        for generation in reversed(self.generations):
+            if any(owner.name.startswith(prefix) for owner in set(generation.owners)):
+                return generation
+        return None
+
     def forget(self, generation: Generation, start: int, count: int) -> None:
         """Drop events that no disk holds; a reader that needs them is told of the gap.
 
