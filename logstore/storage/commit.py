@@ -536,6 +536,22 @@ class GroupCommit:
 
         self._worker.give(job, finish)
 
+    async def synced(self) -> None:
+        """Return when the disk has everything that was acknowledged before this call, but for what is volatile."""
+        newest = self._lane.ids.last
+        while self.failure is None and self._is_unsynced(newest):
+            if self._busy:
+                # Batches may keep the thread busy for ever: the next one is synced, and with it what is before.
+                self._sync_due = True
+            else:
+                self._start_sync()
+            await self._thread_turn()
+
+    def _is_unsynced(self, newest: int) -> bool:
+        """Whether an acknowledged event up to an id may not be on disk."""
+        unfinished = (each for each in self._tail.generations if not each.sealed and each.synced < len(each.ids))
+        return any(each.ids[each.synced] <= newest for each in unfinished)
+
     async def close(self) -> None:
         """Commit what is queued, finish the journal, end the thread.
 
@@ -561,12 +577,16 @@ class GroupCommit:
 
     async def _settle(self) -> None:
         """Return when nothing is queued and the journal's thread has nothing to do."""
-        assert self._loop is not None
         while self._busy or self._pending.ids:
             self._schedule()
-            turn: asyncio.Future[None] = self._loop.create_future()
-            self._worker.give(lambda: None, functools.partial(_finish, turn))
-            await turn
+            await self._thread_turn()
+
+    async def _thread_turn(self) -> None:
+        """Return when the journal's thread has done what it was given before."""
+        assert self._loop is not None
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._worker.give(lambda: None, functools.partial(_finish, turn))
+        await turn
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""

@@ -16,10 +16,14 @@ class Sessions:
 
     Args:
         ready: Opens the store when it is not open, and returns it with its checkpointer.
+        synced: Returns when what was appended is on disk.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]]) -> None:
+    def __init__(
+        self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]], synced: Callable[[], Awaitable[None]]
+    ) -> None:
         self._ready = ready
+        self._synced = synced
 
     async def incarnation(self) -> int:
         """Return what this opening of the store is called as an owner."""
@@ -67,9 +71,11 @@ class Sessions:
     async def release(self, key: str) -> None:
         """Let whoever is asked for a session of this process next take it over; on return that is on disk.
 
-        The caller writes nothing to its streams any more.
+        The caller writes nothing to its streams any more; what it wrote is on disk before the session is given back.
+        Else a power cut could take it, and leave what the next owner wrote behind it.
         """
         store, _ = await self._ready()
+        await self._synced()
         await asyncio.to_thread(store.registry.release, key, store.lane.incarnation, time.time_ns() // 1000)
 
     async def touch(self, key: str) -> None:
