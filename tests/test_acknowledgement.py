@@ -104,7 +104,7 @@ async def test_a_power_cut_at_any_moment_leaves_what_was_acknowledged_without_a_
     images: list[tuple[Path, list[tuple[int, bytes]]]] = []
     async with deadline(), Log(path, small(durability=durability, sync_interval_s=0.005), disk) as log:
         writers = [asyncio.create_task(write(log, f"s{number}", acknowledged)) for number in range(3)]
-        for number in range(6):
+        for number in range(4):
             await eventually(lambda: len(acknowledged) > 40 * number * number)  # noqa: B023
             known = list(acknowledged)
             images.append((tmp_path / f"cut {number}", known))

@@ -21,10 +21,11 @@ from logstore.errors import (
     InvalidStreamError,
     LogstoreError,
     NotAStoreError,
+    StoreLockedError,
     UnknownEventError,
     WriteFailedError,
 )
-from logstore.storage import Log
+from logstore.storage import Log, files, opening
 from logstore.storage.files import Disk
 from logstore.storage.schema import SCHEMA_VERSION
 from tests.engine import deadline, eventually, payloads, read_all, small
@@ -231,6 +232,26 @@ async def test_a_database_with_another_application_id_is_no_store(path: Path) ->
         other.execute("create table streams (name text)")
         other.commit()
     await refused(path, NotAStoreError, str(path), "another program")
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+async def test_a_network_file_system_is_no_place_for_a_store(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_file_system_type", lambda folder: kind)
+    await refused(path, NotAStoreError, f"network file system ({kind})", "local disk")
+
+
+async def test_who_holds_a_lock_and_does_not_get_on_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await made(path)
+    monkeypatch.setattr(opening, "_LOCK_PATIENCE_S", 0.0)
+    lock = Disk().lock(path.parent / "events-log" / "checkpoint.lock")
+    assert lock is not None
+    with lock, pytest.raises(StoreLockedError, match=f"process .{os.getpid()}.*is it stopped") as caught:
+        await Log(path).open()
+    assert caught.value.pids == (os.getpid(),)
+    async with Log(path) as log:
+        assert len(await read_all(log, "one")) == 50
 
 
 async def made(path: Path) -> None:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -17,8 +17,9 @@ from typing import Final, Literal
 import pytest
 
 from logstore.errors import GapError, WriteFailedError
-from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy
+from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy, commit
 from logstore.storage.files import Disk
+from logstore.storage.worker import Timers
 from tests.engine import deadline, eventually, in_segments, payloads, read_all, read_to_gap, small
 
 MODES: Final[tuple[Durability, ...]] = ("always", "interval", "os")
@@ -532,6 +533,53 @@ async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFa
     async with Log(tmp_path / "events.db") as log:
         found = [await log.sessions.find(key) for key in ("first", "third")]
         assert [session.data if session else None for session in found] == [None, b"3"]
+
+
+async def test_what_a_store_could_not_write_to_the_end_is_lost_and_the_log_says_how_much(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FailingDisk()
+    log = Log(tmp_path / "events.db", small(), disk)
+    await log.append("one", b"durable")
+    disk.breaks()
+    for number in range(7):
+        await log.append("one", b"%d" % number)
+    caplog.set_level(logging.ERROR, "logstore")
+    async with deadline():
+        # The locks that closing takes are files, too.
+        with contextlib.suppress(OSError):
+            await log.close()
+    assert "7 events were in memory only and are lost: [Errno 5] Input/output error" in caplog.text
+    async with Log(tmp_path / "events.db") as log:
+        assert await payloads(log, "one") == [b"durable"]
+
+
+async def test_a_failing_disk_is_tried_again_with_growing_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (commit._FIRST_RETRY_S, commit._LAST_RETRY_S) == (0.05, 5.0)
+    monkeypatch.setattr(commit, "_FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(commit, "_LAST_RETRY_S", 0.008)
+    pauses: list[float] = []
+    start = Timers.start
+
+    def note(timers: Timers, name: str, delay_s: float, action: Callable[[], None]) -> None:
+        if name == "rewrite":
+            pauses.append(delay_s)
+        start(timers, name, delay_s, action)
+
+    monkeypatch.setattr(Timers, "start", note)
+    disk = FailingDisk()
+    async with deadline(), Log(tmp_path / "events.db", small(), disk) as log:
+        for _ in range(2):
+            pauses.clear()
+            disk.breaks()
+            await log.append("one", b"")
+            await eventually(lambda: len(pauses) > 6)
+            disk.mend()
+            await eventually(lambda: log.health().status == "ok")
+            assert pauses == sorted(pauses)
+            assert sorted(set(pauses)) == [0.001, 0.002, 0.004, 0.008]
 
 
 @pytest.fixture(autouse=True)

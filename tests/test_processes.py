@@ -246,6 +246,34 @@ async def test_a_follower_sees_what_another_process_appends_at_once(
         await writer.rest()
 
 
+DIES_OVER_A_JOURNAL = (
+    PRELUDE
+    + """
+async def main():
+    log = Log(path, small(durability="os", checkpoint_interval_s=3600))
+    for number in range(50):
+        await log.append("one", b"%d" % number)
+    say("written")
+    await listen()
+
+asyncio.run(main())
+"""
+)
+
+
+async def test_what_a_process_left_that_died_is_brought_to_segments_by_those_that_live(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    async with deadline(), Log(path, small()) as log:
+        with process(DIES_OVER_A_JOURNAL, path) as dying:
+            assert await dying.line() == "written"
+            journals = list(path.parent.glob("events-log/lanes/0001/*.journal"))
+            assert journals
+        await eventually(lambda: not any(each.exists() for each in journals), "adopted")
+        assert await payloads(log, "one") == [b"%d" % number for number in range(50)]
+        (summary,) = log.stream_summaries()
+        assert summary.events == 50
+
+
 FORKS = (
     PRELUDE
     + """

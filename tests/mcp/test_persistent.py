@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from logstore import create_event_store, get_config
 from logstore.errors import NotAStoreError, StoreClosedError
 from logstore.mcp import PersistentEventStore
+from tests.engine import eventually
 from tests.mcp.test_contract import MODELS, messages_after, note, replayed
 
 
@@ -169,6 +172,30 @@ if child:
 def test_a_forked_child_does_not_remove_the_folder(temporary: Path) -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=30)
     assert entries(temporary) == []
+
+
+def open_to_others(folder: Path) -> list[Path]:
+    found = []
+    for each in folder.rglob("*"):
+        # A running store makes and removes files.
+        with contextlib.suppress(FileNotFoundError):
+            if each.stat().st_mode & 0o077:
+                found.append(each)
+    return found
+
+
+async def test_whatever_a_store_puts_on_the_disk_is_for_its_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    umask = os.umask(0)
+    try:
+        async with PersistentEventStore(folder / "e.db", backup_enabled=True, maintenance_interval_s=0.01) as store:
+            await store.store_events([("s", note(number)) for number in range(5)])
+            await (await store.sessions()).open("key", b"")
+            await eventually(lambda: list(folder.glob("e-backups/*.backup.json")), "a backup")
+            assert open_to_others(tmp_path) == []
+    finally:
+        os.umask(umask)
+    assert open_to_others(tmp_path) == []
 
 
 async def test_the_database_info_tells_how_long_operations_take(tmp_path: Path) -> None:

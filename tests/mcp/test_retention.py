@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from mcp import Client
 
 from logstore.mcp import PersistentEventStore, resumable_http_app
@@ -33,6 +34,25 @@ async def test_a_running_store_makes_its_backups_by_itself(tmp_path: Path) -> No
         await eventually(lambda: store.maintenance_rounds > rounds + 1, "two more rounds")
     assert len(backups.manifests()) == 1
     assert ask(path, "SELECT task FROM maintenance WHERE task = 'backup'") == [("backup",)]
+
+
+def damaged_segment(path: Path) -> Path:
+    """Change a byte in the only segment of a store."""
+    (segment,) = path.parent.glob("events-log/segments/*.segment")
+    data = bytearray(segment.read_bytes())
+    data[1000] ^= 1
+    segment.write_bytes(data)
+    return segment
+
+
+async def test_a_running_store_finds_damage_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "events.db"
+    async with PersistentEventStore(path) as store:
+        await store.store_events([("a", {"n": number}) for number in range(100)])
+    segment = damaged_segment(path)
+    async with PersistentEventStore(path, maintenance_interval_s=0.01):
+        await eventually(lambda: ask(path, "SELECT file FROM damage") == [(f"segments/{segment.name}",)])
+    assert str(segment) in caplog.text
 
 
 async def test_streams_of_requests_say_so_and_sessions_name_their_streams(tmp_path: Path) -> None:

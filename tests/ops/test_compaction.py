@@ -211,6 +211,19 @@ def test_an_ended_sessions_streams_go_and_no_others(path: Path) -> None:
     }
 
 
+def test_an_ended_sessions_streams_stay_for_ten_minutes(path: Path) -> None:
+    with opened(path) as store:
+        writer = Writer(store)
+        now_us = time.time_ns() // 1000
+        for key, ended_s in (("long ago", 660), ("just now", 540)):
+            store.registry.open_session(key, store.lane.incarnation, now_us - 7_200_000_000, b"", f"{key}/")
+            store.registry.end_session(key, store.lane.incarnation, now_us - ended_s * 1_000_000)
+        writer.write(("long ago/1", "just now/1"), 5, age_h=1)
+        store.copy_sessions()
+        compact(store, Retention())
+    assert {stream: len(read_ids(path, stream)) for stream in writer.ids} == {"long ago/1": 0, "just now/1": 5}
+
+
 def test_a_dry_run_says_what_would_go_and_changes_nothing(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)

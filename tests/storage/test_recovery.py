@@ -222,6 +222,27 @@ def test_a_file_that_was_given_up_before_its_first_sync_may_have_lost_its_header
     assert dead.damage() == []
 
 
+class UntrustedCacheDisk(FaultyDisk):
+    """Notes also when the page cache is dropped."""
+
+    def forget_cache(self, fd: int) -> None:
+        self.calls.append(("forget_cache", self._paths[fd].name))
+        super().forget_cache(fd)
+
+
+def test_a_journal_is_read_from_the_device_and_not_from_the_cache(dead: DeadLane) -> None:
+    # After a failed sync the cache shows what the disk does not have.
+    written = dead.write(3)
+    dead.lane.sync()
+    name = dead.journal().name
+    dead.disk = disk = UntrustedCacheDisk()
+    dead.adopt()
+    calls = [kind for kind, of in disk.calls if of == name]
+    at = calls.index("forget_cache")
+    assert calls[at - 1 : at + 2] == ["sync", "forget_cache", "read"]
+    assert dead.events() == written
+
+
 def test_an_empty_file_that_was_only_being_made_is_removed(dead: DeadLane) -> None:
     written = dead.write(3)
     dead.lane.rotate()
