@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from logstore.ops.access import StoreView
-from logstore.storage import Log
+from logstore.storage import Log, LogOptions
 from logstore.storage.files import Disk
 from tests.engine import deadline, eventually, payloads, read_all, small
+from tests.storage.disks import FaultyDisk
 
 MODES = ("always", "interval", "os")
 NEVER_S = 1e9
@@ -95,6 +97,7 @@ async def left_in(path: Path) -> list[tuple[int, bytes]]:
     return sorted(found)
 
 
+@pytest.mark.promise("always-on-disk", "power-cut-no-hole", "ids-never-twice")
 @pytest.mark.parametrize("durability", MODES)
 async def test_a_power_cut_at_any_moment_leaves_what_was_acknowledged_without_a_hole(
     path: Path, tmp_path: Path, durability: Any
@@ -126,6 +129,7 @@ async def test_a_power_cut_at_any_moment_leaves_what_was_acknowledged_without_a_
             assert after[0] > max((event_id for event_id, _ in known), default=0)
 
 
+@pytest.mark.promise("interval-on-disk")
 @pytest.mark.parametrize("interval_s", [0.1, NEVER_S])
 async def test_with_interval_the_disk_has_an_event_once_the_interval_is_over(path: Path, interval_s: float) -> None:
     disk = UncachedDisk()
@@ -140,6 +144,7 @@ async def test_with_interval_the_disk_has_an_event_once_the_interval_is_over(pat
             await eventually(lambda: disk.has(b"the second"))
 
 
+@pytest.mark.promise("power-cut-no-hole", "session-moves-synced")
 @pytest.mark.parametrize("durability", ["interval", "os"])
 async def test_a_session_takes_what_is_in_its_streams_to_the_disk_when_it_moves(
     path: Path, tmp_path: Path, durability: Any
@@ -200,6 +205,7 @@ def seen_from_outside(path: Path) -> list[bytes]:
         return [event.payload for event in view.events("s")]
 
 
+@pytest.mark.promise("visible-when-acknowledged", "slow-is-not-failed")
 async def test_nobody_sees_an_event_before_it_is_acknowledged_and_a_slow_disk_is_no_failure(path: Path) -> None:
     disk = HeldDisk()
     async with deadline(), Log(path, small(checkpoint_interval_s=NEVER_S), disk) as log, Log(path, small()) as other:
@@ -228,6 +234,22 @@ async def test_nobody_sees_an_event_before_it_is_acknowledged_and_a_slow_disk_is
             assert seen == [b"first", b"second"]
 
 
+@pytest.mark.promise("cost-of-an-event")
+@pytest.mark.parametrize("durability", MODES)
+async def test_an_event_of_one_writer_costs_one_write_and_with_always_one_sync(path: Path, durability: Any) -> None:
+    disk = FaultyDisk()
+    options = LogOptions(durability=durability, sync_interval_s=NEVER_S, checkpoint_interval_s=NEVER_S)
+    async with deadline(), Log(path, options, disk) as log:
+        # Makes the file, and the zeros that the others are written into.
+        await log.append("s", b"first")
+        disk.calls.clear()
+        for number in range(50):
+            await log.append("s", b"%d" % number)
+        calls = Counter(kind for kind, name in disk.calls if name.endswith(".journal"))
+    assert calls == ({"write": 50, "sync": 50} if durability == "always" else {"write": 50})
+
+
+@pytest.mark.promise("one-sync-for-all")
 async def test_one_sync_covers_all_that_came_while_the_last_one_ran(path: Path) -> None:
     disk = HeldDisk()
     async with deadline(), Log(path, small(checkpoint_interval_s=NEVER_S), disk) as log:

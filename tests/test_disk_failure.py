@@ -222,6 +222,7 @@ class Case:
             assert in_order == [each for each in told if each in kept]
 
 
+@pytest.mark.promise("catches-up", "raise-refuses", "durable-stays", "failed-file-given-up")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("durability", MODES)
 @pytest.mark.parametrize("until", UNTIL)
@@ -255,6 +256,7 @@ async def test_every_change_of_the_disk_may_fail(
     assert next(numbers) > 60
 
 
+@pytest.mark.promise("degrade-serves-on", "catches-up")
 @pytest.mark.parametrize("durability", MODES)
 async def test_while_the_disk_fails_events_are_volatile_and_said_to_be(tmp_path: Path, durability: Durability) -> None:
     disk = FailingDisk(error=errno.ENOSPC)
@@ -291,6 +293,7 @@ async def take(log: Log, stream: str, count: int):  # type: ignore[no-untyped-de
             return
 
 
+@pytest.mark.promise("volatile-bounded")
 async def test_a_reader_is_told_of_volatile_events_that_were_dropped(tmp_path: Path) -> None:
     disk = FailingDisk()
     path = tmp_path / "events.db"
@@ -325,6 +328,7 @@ async def test_a_reader_is_told_of_volatile_events_that_were_dropped(tmp_path: P
         assert await payloads(log, "quiet") == [b"q"]
 
 
+@pytest.mark.promise("no-hole-passed-over", "volatile-bounded")
 async def test_a_gap_at_the_end_of_a_stream_is_told_too(tmp_path: Path) -> None:
     disk = FailingDisk()
     async with Log(tmp_path / "events.db", small(volatile_bytes=0), disk) as log, deadline():
@@ -338,6 +342,7 @@ async def test_a_gap_at_the_end_of_a_stream_is_told_too(tmp_path: Path) -> None:
         assert gap is not None
 
 
+@pytest.mark.promise("raise-refuses")
 @pytest.mark.parametrize("durability", MODES)
 async def test_with_raise_appends_raise_until_the_disk_is_back(tmp_path: Path, durability: Durability) -> None:
     disk = FailingDisk()
@@ -370,6 +375,7 @@ async def test_with_raise_appends_raise_until_the_disk_is_back(tmp_path: Path, d
         assert await payloads(log, "one") == stored
 
 
+@pytest.mark.promise("stuck-journals")
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_segments_that_cannot_be_written_fill_the_journal_and_no_more(
     tmp_path: Path, policy: WriteFailurePolicy
@@ -429,6 +435,7 @@ class NoRoomInSegments(Disk):
         super().sync_folder(folder)
 
 
+@pytest.mark.promise("stuck-journals")
 async def test_a_checkpoint_that_fails_half_way_leaves_no_files(tmp_path: Path) -> None:
     disk = NoRoomInSegments()
     async with Log(tmp_path / "events.db", small(), disk) as log, deadline():
@@ -489,6 +496,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.promise("failed-opening-undone")
 async def test_an_opening_that_failed_leaves_nothing_locked_or_open(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path, small()) as log:
@@ -517,6 +525,7 @@ async def test_an_opening_that_failed_leaves_nothing_locked_or_open(tmp_path: Pa
         assert await payloads(log, "one") == [b"1"]
 
 
+@pytest.mark.promise("sessions-outlive-faults")
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFailurePolicy) -> None:
     disk = FailingDisk()
@@ -535,6 +544,7 @@ async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFa
         assert [session.data if session else None for session in found] == [None, b"3"]
 
 
+@pytest.mark.promise("loss-is-told")
 async def test_what_a_store_could_not_write_to_the_end_is_lost_and_the_log_says_how_much(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -554,6 +564,7 @@ async def test_what_a_store_could_not_write_to_the_end_is_lost_and_the_log_says_
         assert await payloads(log, "one") == [b"durable"]
 
 
+@pytest.mark.promise("tried-again")
 async def test_a_failing_disk_is_tried_again_with_growing_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,14 +13,16 @@ from mcp.server.auth.provider import AccessToken, TokenVerifier
 from mcp.server.auth.settings import AuthSettings
 from pydantic import AnyHttpUrl
 from sse_starlette import EventSourceResponse
+from starlette.types import Message
 
 from logstore.mcp import InMemoryEventStore, PersistentEventStore, layer, resumable_http_app
+from logstore.mcp.peers import CALL_KEY, PeerCall
 from logstore.mcp.shutdown import ServerWatch
 from logstore.ops.transfer.export import export_events
 from tests.mcp.serving import DEADLINE_S, Steps, counting_server, served
 from tests.mcp.strict_client import Stream, StrictClient
 from tests.mcp.test_http import answers_of, progress_of
-from tests.mcp.test_resume import call, serving, session
+from tests.mcp.test_resume import call, layer_of, serving, session
 
 
 def damage(path: Path, event_id: str) -> None:
@@ -34,6 +36,7 @@ def damage(path: Path, event_id: str) -> None:
     segment.write_bytes(data)
 
 
+@pytest.mark.promise("gap-ends-the-call")
 async def test_a_call_some_of_whose_events_are_gone_ends_with_an_error_and_never_goes_on_behind_the_hole(
     tmp_path: Path,
 ) -> None:
@@ -55,6 +58,7 @@ async def test_a_call_some_of_whose_events_are_gone_ends_with_an_error_and_never
             assert await stream.rest() == whole[4:]
 
 
+@pytest.mark.promise("refusals-as-slow")
 async def test_a_refusal_takes_as_long_whatever_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal_s = 0.1
     monkeypatch.setattr(layer, "_REFUSAL_S", refusal_s)
@@ -78,6 +82,7 @@ async def test_a_refusal_takes_as_long_whatever_was_found(monkeypatch: pytest.Mo
             assert time.monotonic() - began_s >= refusal_s
 
 
+@pytest.mark.promise("stopping-refuses")
 async def test_a_single_process_that_stops_refuses_new_calls_and_says_that_nothing_was_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +100,43 @@ async def test_a_single_process_that_stops_refuses_new_calls_and_says_that_nothi
         assert progress_of(await call(client, 2, 1)) == ["n 1"]
 
 
+@pytest.mark.promise("one-hop")
+async def test_what_was_passed_on_is_not_passed_on_again(tmp_path: Path) -> None:
+    steps = Steps()
+    steps.allow(1)
+    one, two = (
+        resumable_http_app(counting_server(steps), PersistentEventStore(tmp_path / "e.db"), drain_s=0.01)
+        for _ in range(2)
+    )
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        served(one) as first,
+        served(two) as second,
+        StrictClient.connected(first) as client,
+    ):
+        passed_on = PeerCall()
+        sent: list[Message] = []
+        headers = [(b"mcp-session-id", (client.session_id or "").encode()), (b"mcp-protocol-version", b"2025-11-25")]
+        body = (
+            b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"count","arguments":{"to":1,"label":"n"}}}'
+        )
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/mcp", "headers": headers, CALL_KEY: passed_on}
+        await layer_of(two)(scope, receive, send)
+        # Who passed it on looks again; here it was not begun.
+        assert passed_on.again
+        assert steps.done == 0
+        # As it came from a client it is passed on.
+        client._url = client._url.replace(str(first), str(second))
+        assert progress_of(await call(client, 2, 1)) == ["n 1"]
+
+
 async def until_comment(stream: Stream) -> list[str]:
     """Return the lines of a stream up to the first comment."""
     assert stream.response.headers["x-accel-buffering"] == "no"
@@ -107,6 +149,7 @@ async def until_comment(stream: Stream) -> list[str]:
     raise AssertionError(f"it ended without a comment: {lines}")
 
 
+@pytest.mark.promise("streams-kept-open")
 async def test_streams_are_kept_open_and_tell_proxies_not_to_hold_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert EventSourceResponse.DEFAULT_PING_INTERVAL == 15
     monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.01)
@@ -121,6 +164,7 @@ async def test_streams_are_kept_open_and_tell_proxies_not_to_hold_them_back(monk
                 await until_comment(stream)
 
 
+@pytest.mark.promise("session-id-hashed")
 async def test_the_id_of_a_session_is_nowhere_on_the_disk_nor_in_an_export(tmp_path: Path) -> None:
     path = tmp_path / "e.db"
     steps = Steps()
@@ -154,6 +198,7 @@ class Tokens(TokenVerifier):
         return AccessToken(token=token, client_id=client, scopes=[], subject=subject)
 
 
+@pytest.mark.promise("credential-decides")
 async def test_a_renewed_token_is_the_same_client_and_another_subject_is_another() -> None:
     steps = Steps()
     steps.allow(1)

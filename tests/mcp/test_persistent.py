@@ -92,6 +92,7 @@ async def test_a_place_that_cannot_hold_a_store_is_refused_and_may_be_mended(tmp
     await store.close()
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_the_testing_store_lives_in_a_private_folder_and_leaves_nothing(temporary: Path) -> None:
     store = create_event_store(**get_config("testing").__dict__)
     assert entries(temporary) == []
@@ -125,6 +126,7 @@ def hold() -> subprocess.Popen[str]:
     return holder
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_a_process_that_ends_without_closing_leaves_nothing(temporary: Path) -> None:
     holder = await asyncio.to_thread(hold)
     assert len(entries(temporary)) == 1
@@ -133,6 +135,7 @@ async def test_a_process_that_ends_without_closing_leaves_nothing(temporary: Pat
     assert entries(temporary) == []
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_live_one_is_not(temporary: Path) -> None:
     killed, living = await asyncio.gather(asyncio.to_thread(hold), asyncio.to_thread(hold))
     try:
@@ -148,6 +151,7 @@ async def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_live_one_is
     assert entries(temporary) == []
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_a_sweep_leaves_what_others_put_there(temporary: Path) -> None:
     (temporary / "logstore-memory-being-made").mkdir()
     (temporary / "logstore-memory-link").symlink_to(temporary)
@@ -169,6 +173,7 @@ if child:
 """
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 def test_a_forked_child_does_not_remove_the_folder(temporary: Path) -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=30)
     assert entries(temporary) == []
@@ -184,6 +189,7 @@ def open_to_others(folder: Path) -> list[Path]:
     return found
 
 
+@pytest.mark.promise("files-are-private")
 async def test_whatever_a_store_puts_on_the_disk_is_for_its_owner_only(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     umask = os.umask(0)

@@ -22,6 +22,7 @@ def ask(path: Path, sql: str) -> list[tuple[int | str, ...]]:
         return connection.execute(sql).fetchall()
 
 
+@pytest.mark.promise("maintenance-by-itself")
 async def test_a_running_store_makes_its_backups_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     backups = FolderTarget(default_backups(path))
@@ -45,6 +46,7 @@ def damaged_segment(path: Path) -> Path:
     return segment
 
 
+@pytest.mark.promise("damage-found-unasked")
 async def test_a_running_store_finds_damage_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "events.db"
     async with PersistentEventStore(path) as store:
@@ -55,6 +57,7 @@ async def test_a_running_store_finds_damage_by_itself(tmp_path: Path, caplog: py
     assert str(segment) in caplog.text
 
 
+@pytest.mark.promise("window-and-requests-spared")
 async def test_streams_of_requests_say_so_and_sessions_name_their_streams(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     steps, progress = Steps(), Progress()
