@@ -19,14 +19,14 @@ TESTS: Final = Path(__file__).parent
 _WIDTH: Final = 120
 _NEVER_RUN: Final = frozenset({"skip", "xfail"})
 
-_INTRO = """\
-# Promises
-
-Each promise has an id, its words, where it comes from, and the tests that inject its fault and see that it is kept.
-{count} promises, {unproved} of them without a proof, which say why. `python -m tests.promises` writes this page; the
-words are in `tests/promises.toml`, which test proves what is marked on the test. A campaign breaks a store on purpose
-for as long as one likes, `python tools/crash.py -h`; a slice of each is among the tests.
-"""
+_INTRO = (
+    "Each promise has an id, its words, where it comes from, and the tests that inject its fault and see that it is "
+    "kept. A source such as `architecture rule 2` is a rule of the project's design. {count} promises, {unproved} of "
+    "them without a proof, which say why. A campaign breaks a store on purpose for as long as one likes "
+    "(`python tools/crash.py -h`); a slice of each is among the tests.",
+    "`python -m tests.promises` writes this page. The words are in `tests/promises.toml`; which test proves a promise "
+    "is marked on the test.",
+)
 
 
 class Promise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,7 +145,8 @@ def page(manifest: Manifest, proofs: Iterable[Proof]) -> str:
         for promise_id in proof.promises:
             by_id.setdefault(promise_id, {}).setdefault(proof.file, []).append(proof.name)
     unproved = sum(promise.unproved is not None for promise in manifest.promises)
-    parts = [_INTRO.format(count=len(manifest.promises), unproved=unproved)]
+    parts = ["# Promises\n"]
+    parts += [f"\n{_wrapped(text.format(count=len(manifest.promises), unproved=unproved))}\n" for text in _INTRO]
     for area in manifest.area:
         about = f"\n[{area.page}]({area.page}) explains them.\n" if area.page else ""
         parts.append(f"\n## {area.title}\n{about}")

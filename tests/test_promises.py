@@ -80,8 +80,9 @@ def test_pytest_sees_the_proofs_that_are_read_from_the_sources(
 
 
 def _nothing_deselected(config: pytest.Config) -> bool:
-    selected_by_name = any("::" in argument for argument in config.args)
-    return not (config.getoption("-k") or config.getoption("-m") or selected_by_name)
+    options = ("-k", "-m", "deselect", "lf")
+    by_name = any("::" in argument for argument in config.args)
+    return not (by_name or any(config.getoption(each, None) for each in options))
 
 
 def test_the_page_of_the_promises_is_what_they_say(manifest: Manifest, proofs: list[Proof]) -> None:
