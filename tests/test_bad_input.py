@@ -21,10 +21,11 @@ from logstore.errors import (
     InvalidStreamError,
     LogstoreError,
     NotAStoreError,
+    StoreLockedError,
     UnknownEventError,
     WriteFailedError,
 )
-from logstore.storage import Log
+from logstore.storage import Log, files, opening
 from logstore.storage.files import Disk
 from logstore.storage.schema import SCHEMA_VERSION
 from tests.engine import deadline, eventually, payloads, read_all, small
@@ -83,6 +84,7 @@ def put(path: Path, text: str) -> None:
 # Streams, payloads, ids.
 
 
+@pytest.mark.promise("bad-names-refused")
 @pytest.mark.parametrize(("stream", "why"), BAD_STREAMS)
 async def test_a_bad_stream_name_is_refused_and_nothing_else(path: Path, stream: str, why: str) -> None:
     async with Log(path, small()) as log, deadline():
@@ -102,6 +104,7 @@ async def test_a_bad_stream_name_is_refused_and_nothing_else(path: Path, stream:
         assert await payloads(log, "good") == [b"1", b"4"]
 
 
+@pytest.mark.promise("names-are-no-paths")
 async def test_a_stream_name_is_never_a_path_nor_a_query(path: Path, tmp_path: Path) -> None:
     async with Log(path, small()) as log, deadline():
         for stream in GOOD_STREAMS:
@@ -112,6 +115,7 @@ async def test_a_stream_name_is_never_a_path_nor_a_query(path: Path, tmp_path: P
     assert names(tmp_path) <= {"events.db", "events.db-wal", "events.db-shm", "events-log"}
 
 
+@pytest.mark.promise("largest-event")
 async def test_an_event_too_large_is_refused_and_nothing_else(path: Path) -> None:
     async with Log(path) as log, deadline():
         with pytest.raises(InvalidMessageError, match="larger than the largest"):
@@ -122,6 +126,7 @@ async def test_an_event_too_large_is_refused_and_nothing_else(path: Path) -> Non
         assert await payloads(log, "one") == [b"1"]
 
 
+@pytest.mark.promise("unknown-id-is-none")
 async def test_event_ids_that_are_not_ours(path: Path) -> None:
     strange = [
         "",
@@ -176,6 +181,7 @@ async def refused(path: Path, error: type[LogstoreError], *words: str) -> None:
     assert await asyncio.to_thread(tree, folder) == before
 
 
+@pytest.mark.promise("foreign-file-untouched")
 async def test_a_folder_is_no_store(tmp_path: Path) -> None:
     await refused(tmp_path, NotAStoreError, str(tmp_path), "is a folder", "events.db")
 
@@ -191,6 +197,7 @@ async def test_a_file_where_the_log_should_be_is_no_store(tmp_path: Path) -> Non
     await refused(tmp_path / "events.db", LogstoreError, str(tmp_path / "events-log"), "Not a directory")
 
 
+@pytest.mark.promise("foreign-file-untouched")
 async def test_a_text_file_is_no_store(path: Path) -> None:
     put(path, "Dear diary,\n" * 500)
     await refused(path, NotAStoreError, str(path), "not a SQLite database")
@@ -201,6 +208,7 @@ async def test_a_short_text_file_is_no_store(path: Path) -> None:
     await refused(path, NotAStoreError, str(path), "not a SQLite database")
 
 
+@pytest.mark.promise("foreign-file-untouched")
 @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
 async def test_a_database_of_another_program_is_no_store(path: Path, journal_mode: str) -> None:
     with contextlib.closing(sqlite3.connect(path)) as other:
@@ -213,6 +221,7 @@ async def test_a_database_of_another_program_is_no_store(path: Path, journal_mod
         assert other.execute("select * from recipes").fetchall() == [("soup",)]
 
 
+@pytest.mark.promise("foreign-file-untouched")
 async def test_a_database_that_another_program_has_open_is_left_alone(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("pragma journal_mode = wal")
@@ -233,6 +242,28 @@ async def test_a_database_with_another_application_id_is_no_store(path: Path) ->
     await refused(path, NotAStoreError, str(path), "another program")
 
 
+@pytest.mark.promise("network-refused")
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+async def test_a_network_file_system_is_no_place_for_a_store(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_file_system_type", lambda folder: kind)
+    await refused(path, NotAStoreError, f"network file system ({kind})", "local disk")
+
+
+@pytest.mark.promise("lock-holder-named")
+async def test_who_holds_a_lock_and_does_not_get_on_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await made(path)
+    monkeypatch.setattr(opening, "_LOCK_PATIENCE_S", 0.0)
+    lock = Disk().lock(path.parent / "events-log" / "checkpoint.lock")
+    assert lock is not None
+    with lock, pytest.raises(StoreLockedError, match=f"process .{os.getpid()}.*is it stopped") as caught:
+        await Log(path).open()
+    assert caught.value.pids == (os.getpid(),)
+    async with Log(path) as log:
+        assert len(await read_all(log, "one")) == 50
+
+
 async def made(path: Path) -> None:
     async with Log(path, small()) as log:
         for number in range(50):
@@ -240,6 +271,7 @@ async def made(path: Path) -> None:
         await log.sessions.open("key", b"data")
 
 
+@pytest.mark.promise("newer-format-refused")
 async def test_a_newer_catalogue_is_refused(path: Path) -> None:
     await made(path)
     with contextlib.closing(sqlite3.connect(path)) as other:
@@ -258,6 +290,7 @@ def newer(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.promise("newer-format-refused")
 async def test_a_newer_registry_is_refused(path: Path) -> None:
     await made(path)
     newer(path.parent / "events-log" / "registry.log")
@@ -265,6 +298,7 @@ async def test_a_newer_registry_is_refused(path: Path) -> None:
         await Log(path).open()
 
 
+@pytest.mark.promise("newer-format-refused")
 async def test_a_newer_segment_is_refused_when_the_index_is_made_again(path: Path) -> None:
     await made(path)
     segments = path.parent / "events-log" / "segments"
@@ -279,6 +313,7 @@ async def test_a_newer_segment_is_refused_when_the_index_is_made_again(path: Pat
     assert path.name not in names(path.parent)
 
 
+@pytest.mark.promise("newer-format-refused")
 async def test_a_newer_journal_is_refused_and_kept(path: Path) -> None:
     await made(path)
     lane = path.parent / "events-log" / "lanes" / "0000"
@@ -317,6 +352,7 @@ async def test_a_full_disk_is_named(path: Path, tmp_path: Path) -> None:
     await log.close()
 
 
+@pytest.mark.promise("full-or-read-only-named")
 async def test_an_existing_store_on_a_full_disk_is_named_and_unharmed(path: Path) -> None:
     await made(path)
     with pytest.raises(WriteFailedError, match="No space left on device"):
@@ -346,6 +382,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.promise("degrade-serves-on", "full-or-read-only-named")
 async def test_a_really_full_disk_is_named_and_room_mends_it(mounted: Callable[..., Path]) -> None:
     place = mounted("size=4m")
     path = place / "events.db"
@@ -376,6 +413,7 @@ async def test_a_really_full_disk_is_named_and_room_mends_it(mounted: Callable[.
         assert await payloads(log, "one") == stored
 
 
+@pytest.mark.promise("full-or-read-only-named")
 async def test_a_read_only_disk_is_named(mounted: Callable[..., Path]) -> None:
     place = mounted("size=4m")
     path = place / "events.db"

@@ -33,6 +33,7 @@ def test_the_help_of_every_command_has_an_example(command: str) -> None:
     assert f"  logstore {command}" in result.output.partition("Example")[2]
 
 
+@pytest.mark.promise("mcp-loaded-lazily")
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_loads_nothing_that_takes_long(arguments: list[str]) -> None:
     code = f"""
@@ -62,6 +63,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert "Usage:" in result.output
 
 
+@pytest.mark.promise("errors-are-one-line")
 @pytest.mark.parametrize(
     ("error", "text"),
     [

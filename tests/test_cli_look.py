@@ -76,6 +76,7 @@ def test_stats_in_one_screen(store: Path) -> None:
     assert max(map(len, lines[1:])) <= 100
 
 
+@pytest.mark.promise("ids-are-text")
 def test_stats_as_json_for_programs(store: Path) -> None:
     found = printed("stats", store)
     assert (found["status"], found["total_events"], found["total_streams"]) == ("ok", 43, 3)
@@ -97,6 +98,7 @@ async def test_stats_shows_the_processes_and_their_latencies(tmp_path: Path) -> 
         assert f"  {operation} " in result.output
 
 
+@pytest.mark.promise("errors-are-one-line")
 def test_stats_says_what_is_wrong_and_exits_with_1(store: Path) -> None:
     store.unlink()
     result = logstore("stats", store)
@@ -109,6 +111,7 @@ def test_stats_says_what_is_wrong_and_exits_with_1(store: Path) -> None:
 # streams
 
 
+@pytest.mark.promise("shown-escaped")
 def test_streams_has_a_row_for_each(store: Path) -> None:
     output = logstore("streams", store).output
     assert len(output.splitlines()) == 2 + 3
@@ -160,6 +163,7 @@ def test_events_after_one_and_no_more_than_asked_for(store: Path) -> None:
     assert (nothing.exit_code, nothing.output) == (0, "")
 
 
+@pytest.mark.promise("shown-escaped")
 def test_a_payload_that_is_no_json_is_shown_escaped(store: Path) -> None:
     (_, line) = logstore("events", store, ODD).output.splitlines()
     assert line.endswith("\\xff\\x00 no JSON")
@@ -263,6 +267,7 @@ class Servers:
             await log.close()
 
 
+@pytest.mark.promise("followers-miss-nothing")
 @pytest.mark.parametrize("after", [0, None])
 async def test_follow_loses_nothing_and_prints_nothing_twice(store: Path, after: int | None) -> None:
     servers = Servers(store)
@@ -357,6 +362,7 @@ def test_the_page_of_the_commands_is_what_they_say_themselves() -> None:
 # all of them
 
 
+@pytest.mark.promise("errors-are-one-line")
 @pytest.mark.parametrize("command", LOOKS)
 def test_a_wrong_path_is_one_clear_line(tmp_path: Path, command: str) -> None:
     foreign = tmp_path / "foreign.db"
@@ -386,6 +392,7 @@ def test_a_damaged_page_of_the_catalogue_is_one_line_that_says_what_to_do(store:
     assert command == "events" or f"logstore reindex {store}" in line
 
 
+@pytest.mark.promise("damage-no-traceback")
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_store_is_no_traceback(store: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
@@ -417,6 +424,7 @@ def test_what_is_no_event_id_is_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert "is not an event id" in result.stderr
 
 
+@pytest.mark.promise("look-changes-nothing")
 def test_looks_change_nothing(store: Path) -> None:
     def content() -> dict[str, bytes]:
         return {str(file): file.read_bytes() for file in store.parent.rglob("*") if file.is_file()}
@@ -428,6 +436,33 @@ def test_looks_change_nothing(store: Path) -> None:
     assert content() == before
 
 
+@pytest.mark.promise("look-changes-nothing")
+@pytest.mark.parametrize("damaged", ["events.db", "events-log/segments/*.segment", "events-log/registry.log"])
+def test_looks_at_a_damaged_store_change_nothing(store: Path, damaged: str) -> None:
+    (file,) = store.parent.glob(damaged)
+    data = bytearray(file.read_bytes())
+    for place in range(len(data) // 2, len(data), 100):
+        data[place] ^= 0xFF
+    file.write_bytes(data)
+
+    def content() -> dict[str, bytes]:
+        return {str(file): file.read_bytes() for file in store.parent.rglob("*") if file.is_file()}
+
+    before = content()
+    commands = (
+        ("verify", store),
+        ("stats", store),
+        ("streams", store),
+        ("events", store, "long"),
+        ("export", store, "-"),
+    )
+    verified, *others = [logstore(*command).exit_code for command in commands]
+    assert verified == 1
+    assert set(others) <= {0, 1}
+    assert content() == before
+
+
+@pytest.mark.promise("mcp-loaded-lazily")
 @pytest.mark.parametrize("command", LOOKS)
 def test_a_look_does_not_load_mcp(store: Path, command: str) -> None:
     streams = ["long"] if command == "events" else []
@@ -480,6 +515,7 @@ def test_a_terminal_that_cannot_show_a_character_gets_an_escape(store: Path, com
             assert all(json.loads(line) for line in done.stdout.decode().splitlines())
 
 
+@pytest.mark.promise("shown-escaped")
 @pytest.mark.parametrize(
     ("text", "width", "expected"),
     [

@@ -19,6 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.promise("kill-loses-nothing", "crash-opens", "all-or-none", "order")
 def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
     done = run("kill", "--runs", "16", "--seed", "11", "--folder", str(tmp_path / "stores"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,6 +75,7 @@ def test_the_oracle_is_content_with_what_was_told(oracle: Oracle, tmp_path: Path
 GOOD = events(mark(0), mark(1))
 
 
+@pytest.mark.promise("all-or-none")
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
@@ -101,6 +103,7 @@ def test_the_oracle_sees_an_event_that_was_shown_and_is_gone(oracle: Oracle, tmp
         found(oracle, events(mark(0)))
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_the_oracle_sees_an_id_that_was_given_twice(oracle: Oracle, tmp_path: Path) -> None:
     acknowledge(oracle, tmp_path, mark(0))
     with pytest.raises(BrokenPromiseError, match="was given to"):

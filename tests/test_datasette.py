@@ -53,6 +53,7 @@ def documented() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
+@pytest.mark.promise("open-to-other-tools", "documented-commands")
 @pytest.mark.slow
 async def test_every_documented_command_runs(folder: Path) -> None:
     commands = documented()
@@ -94,6 +95,7 @@ def described(folder: Path) -> dict[str, Any]:
     return tables
 
 
+@pytest.mark.promise("open-to-other-tools")
 async def test_datasette_shows_every_page_with_its_explanation(folder: Path) -> None:
     metadata = described(folder)
     shown = pages(folder, *(f"/events/{name}" for name in metadata))

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -17,8 +17,9 @@ from typing import Final, Literal
 import pytest
 
 from logstore.errors import GapError, WriteFailedError
-from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy
+from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy, commit
 from logstore.storage.files import Disk
+from logstore.storage.worker import Timers
 from tests.engine import deadline, eventually, in_segments, payloads, read_all, read_to_gap, small
 
 MODES: Final[tuple[Durability, ...]] = ("always", "interval", "os")
@@ -221,6 +222,7 @@ class Case:
             assert in_order == [each for each in told if each in kept]
 
 
+@pytest.mark.promise("catches-up", "raise-refuses", "durable-stays", "failed-file-given-up")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("durability", MODES)
 @pytest.mark.parametrize("until", UNTIL)
@@ -254,6 +256,7 @@ async def test_every_change_of_the_disk_may_fail(
     assert next(numbers) > 60
 
 
+@pytest.mark.promise("degrade-serves-on", "catches-up")
 @pytest.mark.parametrize("durability", MODES)
 async def test_while_the_disk_fails_events_are_volatile_and_said_to_be(tmp_path: Path, durability: Durability) -> None:
     disk = FailingDisk(error=errno.ENOSPC)
@@ -290,6 +293,7 @@ async def take(log: Log, stream: str, count: int):  # type: ignore[no-untyped-de
             return
 
 
+@pytest.mark.promise("volatile-bounded")
 async def test_a_reader_is_told_of_volatile_events_that_were_dropped(tmp_path: Path) -> None:
     disk = FailingDisk()
     path = tmp_path / "events.db"
@@ -324,6 +328,7 @@ async def test_a_reader_is_told_of_volatile_events_that_were_dropped(tmp_path: P
         assert await payloads(log, "quiet") == [b"q"]
 
 
+@pytest.mark.promise("no-hole-passed-over", "volatile-bounded")
 async def test_a_gap_at_the_end_of_a_stream_is_told_too(tmp_path: Path) -> None:
     disk = FailingDisk()
     async with Log(tmp_path / "events.db", small(volatile_bytes=0), disk) as log, deadline():
@@ -337,6 +342,7 @@ async def test_a_gap_at_the_end_of_a_stream_is_told_too(tmp_path: Path) -> None:
         assert gap is not None
 
 
+@pytest.mark.promise("raise-refuses")
 @pytest.mark.parametrize("durability", MODES)
 async def test_with_raise_appends_raise_until_the_disk_is_back(tmp_path: Path, durability: Durability) -> None:
     disk = FailingDisk()
@@ -369,6 +375,7 @@ async def test_with_raise_appends_raise_until_the_disk_is_back(tmp_path: Path, d
         assert await payloads(log, "one") == stored
 
 
+@pytest.mark.promise("stuck-journals")
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_segments_that_cannot_be_written_fill_the_journal_and_no_more(
     tmp_path: Path, policy: WriteFailurePolicy
@@ -428,6 +435,7 @@ class NoRoomInSegments(Disk):
         super().sync_folder(folder)
 
 
+@pytest.mark.promise("stuck-journals")
 async def test_a_checkpoint_that_fails_half_way_leaves_no_files(tmp_path: Path) -> None:
     disk = NoRoomInSegments()
     async with Log(tmp_path / "events.db", small(), disk) as log, deadline():
@@ -488,6 +496,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.promise("failed-opening-undone")
 async def test_an_opening_that_failed_leaves_nothing_locked_or_open(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path, small()) as log:
@@ -516,6 +525,7 @@ async def test_an_opening_that_failed_leaves_nothing_locked_or_open(tmp_path: Pa
         assert await payloads(log, "one") == [b"1"]
 
 
+@pytest.mark.promise("sessions-outlive-faults")
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFailurePolicy) -> None:
     disk = FailingDisk()
@@ -532,6 +542,55 @@ async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFa
     async with Log(tmp_path / "events.db") as log:
         found = [await log.sessions.find(key) for key in ("first", "third")]
         assert [session.data if session else None for session in found] == [None, b"3"]
+
+
+@pytest.mark.promise("loss-is-told")
+async def test_what_a_store_could_not_write_to_the_end_is_lost_and_the_log_says_how_much(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FailingDisk()
+    log = Log(tmp_path / "events.db", small(), disk)
+    await log.append("one", b"durable")
+    disk.breaks()
+    for number in range(7):
+        await log.append("one", b"%d" % number)
+    caplog.set_level(logging.ERROR, "logstore")
+    async with deadline():
+        # The locks that closing takes are files, too.
+        with contextlib.suppress(OSError):
+            await log.close()
+    assert "7 events were in memory only and are lost: [Errno 5] Input/output error" in caplog.text
+    async with Log(tmp_path / "events.db") as log:
+        assert await payloads(log, "one") == [b"durable"]
+
+
+@pytest.mark.promise("tried-again")
+async def test_a_failing_disk_is_tried_again_with_growing_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (commit._FIRST_RETRY_S, commit._LAST_RETRY_S) == (0.05, 5.0)
+    monkeypatch.setattr(commit, "_FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(commit, "_LAST_RETRY_S", 0.008)
+    pauses: list[float] = []
+    start = Timers.start
+
+    def note(timers: Timers, name: str, delay_s: float, action: Callable[[], None]) -> None:
+        if name == "rewrite":
+            pauses.append(delay_s)
+        start(timers, name, delay_s, action)
+
+    monkeypatch.setattr(Timers, "start", note)
+    disk = FailingDisk()
+    async with deadline(), Log(tmp_path / "events.db", small(), disk) as log:
+        for _ in range(2):
+            pauses.clear()
+            disk.breaks()
+            await log.append("one", b"")
+            await eventually(lambda: len(pauses) > 6)
+            disk.mend()
+            await eventually(lambda: log.health().status == "ok")
+            assert pauses == sorted(pauses)
+            assert sorted(set(pauses)) == [0.001, 0.002, 0.004, 0.008]
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ async def answers(log: Log) -> tuple[Any, ...]:
 # Storing.
 
 
+@pytest.mark.promise("order")
 @pytest.mark.parametrize("durability", MODES)
 async def test_what_was_appended_is_read_back_now_and_after_reopening(path: Path, durability: Any) -> None:
     async with Log(path, small(durability=durability)) as log:
@@ -74,6 +75,7 @@ async def test_what_was_appended_is_read_back_now_and_after_reopening(path: Path
             assert (await payloads(log, stream))[:300] == stored[stream]
 
 
+@pytest.mark.promise("catalogue-is-derived")
 async def test_a_catalogue_put_back_from_earlier_learns_what_it_does_not_know(path: Path) -> None:
     async with Log(path, small()) as log:
         await fill(log, 50)
@@ -106,6 +108,7 @@ class RefusingDisk(Disk):
         super().write(fd, data, offset)
 
 
+@pytest.mark.promise("durable-stays")
 async def test_a_journal_that_is_given_up_stays_until_its_events_are_in_another(path: Path) -> None:
     disk = RefusingDisk()
     # Nothing is synced by time: all that the process has acknowledged is in the operating system's hands.
@@ -130,6 +133,7 @@ async def test_a_journal_that_is_given_up_stays_until_its_events_are_in_another(
         assert (await payloads(after, "stream"))[:20] == [b"%d" % number for number in range(20)]
 
 
+@pytest.mark.promise("largest-event")
 @pytest.mark.parametrize("durability", MODES)
 async def test_large_events_come_back_whole(path: Path, durability: Any) -> None:
     sizes = (1 << 20, 10 << 20, 3, 1 << 20)
@@ -158,6 +162,7 @@ async def test_a_hundred_thousand_events_of_one_stream_are_read_in_pages(path: P
         assert await log.read("one", events[-1].event_id) == []
 
 
+@pytest.mark.promise("all-or-none")
 async def test_events_of_one_call_are_stored_together_or_not_at_all(path: Path) -> None:
     async with Log(path, small()) as log:
         with pytest.raises(ValueError, match="has 1 to 512 bytes"):
@@ -168,6 +173,7 @@ async def test_events_of_one_call_are_stored_together_or_not_at_all(path: Path) 
         assert ids == sorted(ids, key=int)
 
 
+@pytest.mark.promise("unknown-id-is-none")
 async def test_only_ids_of_the_store_are_known(path: Path) -> None:
     async with Log(path, small()) as log:
         event_id = await log.append("one", b"1")
@@ -189,6 +195,7 @@ def remove_catalogue(path: Path, *, with_wal: bool = True) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+@pytest.mark.promise("catalogue-is-derived")
 async def test_a_store_without_its_catalogue_gives_the_same_answers(path: Path) -> None:
     async with Log(path, small()) as log:
         await fill(log, 300)
@@ -198,6 +205,7 @@ async def test_a_store_without_its_catalogue_gives_the_same_answers(path: Path) 
         assert await answers(log) == before
 
 
+@pytest.mark.promise("catalogue-lost-while-open")
 @pytest.mark.parametrize("with_wal", [True, False])
 async def test_a_catalogue_deleted_under_an_open_store_is_made_again(path: Path, with_wal: bool) -> None:
     async with Log(path, small()) as log:
@@ -215,6 +223,7 @@ async def test_a_catalogue_deleted_under_an_open_store_is_made_again(path: Path,
         assert await answers(log) == before
 
 
+@pytest.mark.promise("catalogue-lost-while-open")
 async def test_readers_miss_nothing_while_the_catalogue_is_made_again(path: Path) -> None:
     async with Log(path, small()) as log, Log(path, small()) as other:
         stored = await fill(log, 200)
@@ -240,6 +249,7 @@ async def test_readers_miss_nothing_while_the_catalogue_is_made_again(path: Path
         assert await answers(log) == await answers(other)
 
 
+@pytest.mark.promise("catalogue-lost-while-open")
 async def test_another_store_that_closes_leaves_the_new_catalogue_alone(path: Path) -> None:
     """SQLite removes the write-ahead log of the last connection by name, whichever file has that name by now."""
     async with Log(path, small()) as log:
@@ -289,6 +299,7 @@ def text(path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.promise("catalogue-is-derived")
 @pytest.mark.parametrize("damage", [garbage_in_the_middle, truncated, emptied, text])
 async def test_a_damaged_catalogue_is_set_aside_and_made_again(path: Path, damage: Callable[[Path], bytes]) -> None:
     async with Log(path, small()) as log:
@@ -302,6 +313,7 @@ async def test_a_damaged_catalogue_is_set_aside_and_made_again(path: Path, damag
         assert damaged in [kept.read_bytes() for kept in path.parent.glob("events.db.damaged-*")]
 
 
+@pytest.mark.promise("catalogue-lost-while-open")
 async def test_a_catalogue_damaged_under_an_open_store_mends(path: Path) -> None:
     async with Log(path, small()) as log:
         stored = await fill(log, 200)
@@ -321,6 +333,7 @@ async def test_a_catalogue_damaged_under_an_open_store_mends(path: Path) -> None
         assert await answers(log) == before
 
 
+@pytest.mark.promise("catalogue-is-derived")
 async def test_an_index_half_made_by_a_process_that_died_is_made_again(path: Path) -> None:
     async with Log(path, small()) as log:
         await fill(log, 300)
@@ -349,6 +362,7 @@ OpenStore(Dying(), Path(sys.argv[1]), 1 << 20)
         assert await answers(log) == before
 
 
+@pytest.mark.promise("order")
 async def test_events_that_a_checkpoint_did_not_index_are_not_counted_twice(path: Path) -> None:
     """As a crash between the segment's sync and the catalogue's commit leaves them."""
     async with Log(path, small()) as log:
@@ -362,6 +376,7 @@ async def test_events_that_a_checkpoint_did_not_index_are_not_counted_twice(path
         assert await answers(log) == before
 
 
+@pytest.mark.promise("open-to-other-tools")
 async def test_the_sqlite_utils_command_shows_a_live_store(path: Path) -> None:
     async with Log(path, small()) as log:
         await fill(log, 100)
@@ -402,6 +417,7 @@ async def test_the_sqlite_utils_command_shows_a_live_store(path: Path) -> None:
 # Bounds.
 
 
+@pytest.mark.promise("back-pressure")
 async def test_appends_wait_while_the_journal_is_full(path: Path) -> None:
     """Whoever holds the checkpoint lock, an other process say, holds the checkpoints up."""
     options = small(journal_bytes=128 << 10)
@@ -429,6 +445,7 @@ async def test_appends_wait_while_the_journal_is_full(path: Path) -> None:
         assert len(await payloads(log, "one")) == 601
 
 
+@pytest.mark.promise("memory-bounded")
 @pytest.mark.parametrize("durability", MODES)
 async def test_memory_stays_within_its_budget(path: Path, durability: Any) -> None:
     options = small(durability=durability, cached_events_per_stream=1000, memory_bytes=1 << 20)
@@ -452,6 +469,7 @@ async def test_memory_stays_within_its_budget(path: Path, durability: Any) -> No
         assert sum([len(await read_all(log, f"{writer} {n}")) for writer in range(20) for n in range(40)]) == 2400
 
 
+@pytest.mark.promise("memory-bounded")
 async def test_nothing_grows_with_the_number_of_checkpoints(path: Path) -> None:
     async with Log(path, small(durability="os")) as log:
         for number in range(40):
@@ -463,6 +481,7 @@ async def test_nothing_grows_with_the_number_of_checkpoints(path: Path) -> None:
 # One store, several loops; closing; cancelling.
 
 
+@pytest.mark.promise("close-keeps-all", "two-loops-refused")
 def test_one_store_serves_one_loop_after_another(path: Path) -> None:
     """Each loop writes more than the journal may hold: checkpoints must go on in the second one."""
     log = Log(path, small(journal_bytes=128 << 10))
@@ -494,6 +513,7 @@ def test_one_store_serves_one_loop_after_another(path: Path) -> None:
         asyncio.run(log.append("one", b""))
 
 
+@pytest.mark.promise("two-loops-refused")
 def test_two_loops_at_once_are_refused(path: Path) -> None:
     log = Log(path, small())
 
@@ -512,6 +532,7 @@ def test_two_loops_at_once_are_refused(path: Path) -> None:
     asyncio.run(outer())
 
 
+@pytest.mark.promise("cancelled-append")
 @pytest.mark.parametrize("durability", MODES)
 async def test_a_cancelled_append_is_stored_and_harms_nobody(path: Path, durability: Any) -> None:
     async with Log(path, small(durability=durability)) as log, deadline():
@@ -546,6 +567,7 @@ def lane_is_free(path: Path) -> bool:
     return lock is not None
 
 
+@pytest.mark.promise("close-keeps-all")
 @pytest.mark.parametrize("durability", MODES)
 async def test_appends_meanwhile_are_stored_or_told_that_the_store_closes(path: Path, durability: Any) -> None:
     for turn in range(10):
@@ -570,6 +592,7 @@ async def test_appends_meanwhile_are_stored_or_told_that_the_store_closes(path: 
         assert set(stored) <= found
 
 
+@pytest.mark.promise("close-keeps-all")
 async def test_closing_twice_at_once_waits_for_the_end(path: Path) -> None:
     log = Log(path, small())
     await fill(log, 20)
@@ -580,6 +603,7 @@ async def test_closing_twice_at_once_waits_for_the_end(path: Path) -> None:
     await asyncio.gather(*both)
 
 
+@pytest.mark.promise("close-keeps-all")
 async def test_a_close_that_was_cancelled_still_ends(path: Path) -> None:
     for turns in range(12):
         log = Log(path, small())
@@ -597,6 +621,7 @@ async def test_a_close_that_was_cancelled_still_ends(path: Path) -> None:
         assert [len(await read_all(log, stream)) for stream in STREAMS] == [60] * len(STREAMS)
 
 
+@pytest.mark.promise("failed-opening-undone")
 async def test_an_open_that_was_cancelled_leaves_nothing_locked(path: Path) -> None:
     log = Log(path, small())
     opening = asyncio.create_task(log.open())
@@ -614,6 +639,7 @@ async def test_an_open_that_was_cancelled_leaves_nothing_locked(path: Path) -> N
 # Reading along.
 
 
+@pytest.mark.promise("followers-miss-nothing")
 async def test_followers_of_a_foreign_stream_are_woken_whatever_else_is_read(path: Path) -> None:
     async with Log(path, small(checkpoint_interval_s=3600)) as writer, Log(path, small()) as reader:
         await writer.append("followed", b"0")
@@ -661,6 +687,7 @@ async def test_a_follower_ends_with_the_log_wherever_it_is(path: Path) -> None:
     assert all(task.result() >= 0 for task in following)
 
 
+@pytest.mark.promise("statistics-exact")
 async def test_summaries_count_everything_while_a_checkpoint_commits(path: Path) -> None:
     """The catalogue may have a journal's events before the loop has heard of it."""
     async with Log(path, small(checkpoint_interval_s=3600)) as log, deadline():
@@ -674,6 +701,7 @@ async def test_summaries_count_everything_while_a_checkpoint_commits(path: Path)
 # Holes.
 
 
+@pytest.mark.promise("no-hole-passed-over")
 async def test_a_reader_is_told_when_a_segment_is_gone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "logstore")
     async with Log(path, small()) as log:
@@ -689,6 +717,7 @@ async def test_a_reader_is_told_when_a_segment_is_gone(path: Path, caplog: pytes
     assert gap is not None
 
 
+@pytest.mark.promise("no-hole-passed-over")
 async def test_the_chain_of_events_shows_a_hole_in_the_index(path: Path) -> None:
     async with Log(path, small()) as log:
         for number in range(900):

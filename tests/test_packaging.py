@@ -22,6 +22,7 @@ def test_nothing_else_stands_at_the_top_of_the_repository() -> None:
     assert {entry for entry in entries if not entry.startswith(".")} == TOP
 
 
+@pytest.mark.promise("mcp-loaded-lazily")
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

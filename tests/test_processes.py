@@ -72,6 +72,7 @@ asyncio.run(main())
 )
 
 
+@pytest.mark.promise("kill-loses-nothing", "followers-miss-nothing", "one-owner")
 @pytest.mark.parametrize("durability", ["always", "interval", "os"])
 async def test_a_session_goes_on_in_another_process_while_a_third_reads_along(tmp_path: Path, durability: str) -> None:
     path = tmp_path / "events.db"
@@ -109,6 +110,7 @@ async def test_a_session_goes_on_in_another_process_while_a_third_reads_along(tm
         assert await log.sessions.find("session") is not None
 
 
+@pytest.mark.promise("one-owner")
 async def test_of_two_that_take_a_session_over_at_once_one_has_it(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     with ExitStack() as stack:
@@ -158,6 +160,7 @@ asyncio.run(main())
 )
 
 
+@pytest.mark.promise("many-processes")
 async def test_each_of_two_writing_processes_reads_all_of_both(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     with process(WRITES_AND_READS, path, "a", "b") as first, process(WRITES_AND_READS, path, "b", "a") as second:
@@ -189,6 +192,7 @@ asyncio.run(main())
 )
 
 
+@pytest.mark.promise("many-processes")
 async def test_processes_that_open_a_new_store_at_once_share_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "events.db"
     with ExitStack() as stack:
@@ -222,6 +226,7 @@ asyncio.run(main())
 )
 
 
+@pytest.mark.promise("followers-miss-nothing")
 @pytest.mark.parametrize("checkpoint_interval_s", [0.01, 3600])
 async def test_a_follower_sees_what_another_process_appends_at_once(
     tmp_path: Path, checkpoint_interval_s: float
@@ -244,6 +249,35 @@ async def test_a_follower_sees_what_another_process_appends_at_once(
             assert sorted(delays)[len(delays) // 2] < 0.1
         writer.say("")
         await writer.rest()
+
+
+DIES_OVER_A_JOURNAL = (
+    PRELUDE
+    + """
+async def main():
+    log = Log(path, small(durability="os", checkpoint_interval_s=3600))
+    for number in range(50):
+        await log.append("one", b"%d" % number)
+    say("written")
+    await listen()
+
+asyncio.run(main())
+"""
+)
+
+
+@pytest.mark.promise("kill-loses-nothing", "dead-adopted")
+async def test_what_a_process_left_that_died_is_brought_to_segments_by_those_that_live(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    async with deadline(), Log(path, small()) as log:
+        with process(DIES_OVER_A_JOURNAL, path) as dying:
+            assert await dying.line() == "written"
+            journals = list(path.parent.glob("events-log/lanes/0001/*.journal"))
+            assert journals
+        await eventually(lambda: not any(each.exists() for each in journals), "adopted")
+        assert await payloads(log, "one") == [b"%d" % number for number in range(50)]
+        (summary,) = log.stream_summaries()
+        assert summary.events == 50
 
 
 FORKS = (
@@ -284,6 +318,7 @@ asyncio.run(main())
 )
 
 
+@pytest.mark.promise("forked-child")
 async def test_a_forked_child_may_not_write_and_holds_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     with process(FORKS, path) as parent:
@@ -337,6 +372,7 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.promise("forked-child")
 async def test_a_lock_that_a_thread_waits_for_does_not_stay_with_a_forked_child(tmp_path: Path) -> None:
     with process(FORKS_WHILE_A_THREAD_WAITS, tmp_path / "lock") as forks:
         assert await forks.line() == "free"
@@ -359,6 +395,7 @@ async def test_two_stores_in_one_process_do_not_mix(tmp_path: Path) -> None:
             assert await second.stream_of(event_id) is None
 
 
+@pytest.mark.promise("many-processes")
 async def test_one_store_opened_twice_in_one_process_is_shared(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path, small()) as first, Log(path, small()) as second, deadline():

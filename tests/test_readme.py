@@ -33,12 +33,14 @@ def filled(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.promise("documented-commands")
 @pytest.mark.parametrize("package", ["MCPServer", "FastMCP"])
 def test_the_server_examples_make_an_app(package: str, tmp_path: Path) -> None:
     (program,) = (block for block in _blocks("python") if f"{package}(" in block)
     assert "Starlette" in _run([sys.executable, "-c", f"{program}\nprint(type(app).__mro__)"], tmp_path)
 
 
+@pytest.mark.promise("documented-commands")
 def test_the_commands_to_look_inside_work(filled: Path) -> None:
     (commands,) = (block for block in _blocks("sh") if "sqlite-utils" in block)
     for command in commands.splitlines():
@@ -53,6 +55,7 @@ def _logstore(command: str, folder: Path) -> str:
     return _run(["sh", "-c", f"{sys.executable} -m {command}"], folder)
 
 
+@pytest.mark.promise("documented-commands")
 def test_the_commands_to_operate_a_store_work(filled: Path) -> None:
     (commands,) = (block for block in _blocks("sh") if "logstore stats" in block)
     for command in commands.splitlines():
@@ -61,6 +64,7 @@ def test_the_commands_to_operate_a_store_work(filled: Path) -> None:
     assert _run([sys.executable, "-c", program], filled).splitlines()[1:] == ["True", "2"]
 
 
+@pytest.mark.promise("documented-commands")
 def test_the_commands_of_the_runbook_work(filled: Path) -> None:
     page = (_ROOT / "logstore" / "docs" / "operations.md").read_text()
     commands = [line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]

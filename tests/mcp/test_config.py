@@ -63,6 +63,7 @@ def test_every_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dataclasses.asdict(get_config("from_env")) == {field: value for field, _, value in VARIABLES.values()}
 
 
+@pytest.mark.promise("settings-named")
 @pytest.mark.parametrize(
     ("variable", "text", "allowed"),
     [
@@ -91,6 +92,7 @@ def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(
         assert words in str(caught.value)
 
 
+@pytest.mark.promise("settings-named")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -117,11 +119,13 @@ def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
         assert repr(value) in str(caught.value)
 
 
+@pytest.mark.promise("settings-named")
 def test_an_unknown_preset_names_the_others() -> None:
     with pytest.raises(ConfigurationError, match="'staging'; there are development, testing, production, from_env"):
         get_config("staging")
 
 
+@pytest.mark.promise("settings-named")
 def test_an_unknown_keyword_names_the_others() -> None:
     settings: dict[str, Any] = {"max_event_per_stream": 5}
     with pytest.raises(
@@ -161,6 +165,7 @@ def test_making_a_store_touches_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("mcp-loaded-lazily")
 def test_settings_load_without_the_sdk() -> None:
     code = (
         "import sys, logstore.config; sys.exit(bool({'mcp', 'mcp_types', 'pydantic', 'starlette'} & set(sys.modules)))"

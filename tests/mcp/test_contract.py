@@ -69,6 +69,7 @@ async def test_streams_are_kept_apart(store: LogEventStore) -> None:
     assert await messages_after(store, first) == [note(2)]
 
 
+@pytest.mark.promise("message-comes-back")
 async def test_models_come_back_equal_and_dicts_as_dicts(store: LogEventStore) -> None:
     start = await store.store_event("s", None)
     messages: list[Message] = [*MODELS, {"plain": True}]
@@ -79,6 +80,7 @@ async def test_models_come_back_equal_and_dicts_as_dicts(store: LogEventStore) -
     assert [type(message) for message in back] == [type(message) for message in messages]
 
 
+@pytest.mark.promise("priming-not-replayed")
 async def test_a_priming_event_is_resumed_from_and_never_replayed(store: LogEventStore) -> None:
     first = await store.store_event("s", None)
     await store.store_event("s", note(1))
@@ -93,6 +95,7 @@ async def test_after_the_newest_event_there_is_nothing(store: LogEventStore) -> 
     assert await replayed(store, last) == ("s", [])
 
 
+@pytest.mark.promise("unknown-id-is-none")
 @pytest.mark.parametrize(
     "event_id", ["1", "0", "", "nonsense", "-1", "1.0", " 1", "\u0663", str(2**62), str(2**64), "9" * 5000]
 )
@@ -101,6 +104,7 @@ async def test_an_unknown_event_id_replays_nothing(store: LogEventStore, event_i
     assert await replayed(store, event_id) == (None, [])
 
 
+@pytest.mark.promise("replay-ends-at-response")
 async def test_a_replay_of_a_request_s_stream_ends_at_its_response(store: LogEventStore) -> None:
     first = await store.store_event("1", None)
     progress = MODELS[1]
@@ -137,6 +141,7 @@ async def test_a_batch_is_stored_in_its_order(store: LogEventStore) -> None:
     assert await messages_after(store, ids[1]) == [note(2)]
 
 
+@pytest.mark.promise("all-or-none")
 async def test_of_a_batch_with_one_bad_message_nothing_is_stored(store: LogEventStore) -> None:
     start = await store.store_event("a", None)
     with pytest.raises(InvalidMessageError, match=r"\$\.x\[1\]"):
@@ -146,6 +151,7 @@ async def test_of_a_batch_with_one_bad_message_nothing_is_stored(store: LogEvent
     assert await messages_after(store, start) == []
 
 
+@pytest.mark.promise("bad-names-refused")
 @pytest.mark.parametrize(
     "stream_id", ["", "x" * 513, "\u20ac" * 171, "a\x00b", "a\nb", "\x7f", "\x85", "\udc80", 1, None, b"s", ["s"]]
 )
@@ -155,6 +161,7 @@ async def test_a_stream_id_that_cannot_be_stored_is_refused(store: LogEventStore
     assert store.get_stream_stats() == {}
 
 
+@pytest.mark.promise("names-are-no-paths")
 @pytest.mark.parametrize(
     "stream_id", ["s", "x" * 512, "\u20ac" * 170, "a/b", "../../etc/passwd", "%00", "'; DROP TABLE"]
 )
@@ -165,6 +172,7 @@ async def test_any_other_stream_id_is_a_name_like_any_other(store: LogEventStore
     assert await messages_after(store, first) == [note(1)]
 
 
+@pytest.mark.promise("not-json-refused")
 async def test_a_message_that_is_not_json_is_refused_and_nothing_is_written(store: LogEventStore) -> None:
     for bad in ({"a": float("nan")}, {"a": b"x"}, {1: 2}, {"a": (1,)}, "text", 7, {"a": "\udc80"}):
         with pytest.raises(InvalidMessageError):
@@ -174,6 +182,7 @@ async def test_a_message_that_is_not_json_is_refused_and_nothing_is_written(stor
     assert store.get_stream_stats() == {}
 
 
+@pytest.mark.promise("message-comes-back")
 async def test_what_was_stored_does_not_change_with_the_message(store: LogEventStore) -> None:
     start = await store.store_event("s", None)
     message = note(1)
@@ -198,6 +207,7 @@ async def test_an_error_in_the_callback_is_the_caller_s(store: LogEventStore) ->
     assert await messages_after(store, start) == [note(1)]
 
 
+@pytest.mark.promise("order")
 async def test_many_writers_at_once_each_keep_their_order(store: LogEventStore) -> None:
     async def write(writer: int) -> list[str]:
         return [await store.store_event(f"s{writer}", note(number)) for number in range(20)]

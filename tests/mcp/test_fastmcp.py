@@ -34,6 +34,7 @@ def counting_server(steps: Steps) -> FastMCP[None]:
     return server
 
 
+@pytest.mark.promise("resume-exact")
 @pytest.mark.parametrize("bare", [False, True])
 async def test_a_broken_call_receives_exactly_what_it_missed(
     make_store: Callable[[], LogEventStore], bare: bool
@@ -81,6 +82,7 @@ async def test_streams_are_named_by_session_and_request_without_the_adapter_s_pr
     assert names == {"0", "7"}
 
 
+@pytest.mark.promise("bare-store-leaks-nothing")
 async def test_one_session_never_sees_another_s_stream_of_the_same_name(
     make_store: Callable[[], LogEventStore],
 ) -> None:
@@ -107,6 +109,7 @@ async def test_one_session_never_sees_another_s_stream_of_the_same_name(
     assert [answer["id"] for answer in answers_of(bobs)] == [7]
 
 
+@pytest.mark.promise("cannot-resume-refused")
 async def test_its_stateless_mode_is_refused_also_when_a_setting_turns_it_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,6 +122,7 @@ async def test_its_stateless_mode_is_refused_also_when_a_setting_turns_it_on(
             pass
 
 
+@pytest.mark.promise("cannot-resume-refused")
 async def test_a_transport_that_cannot_resume_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no streamable HTTP endpoint"):
         resumable_http_app(counting_server(Steps()), InMemoryEventStore(), transport="sse")

@@ -34,6 +34,7 @@ def answers_of(events: list[Sse]) -> list[dict[str, Any]]:
     return [event.message for event in events if event.message and "method" not in event.message]
 
 
+@pytest.mark.promise("resume-exact")
 async def test_a_call_whose_connection_breaks_receives_exactly_what_it_missed(
     make_store: Callable[[], LogEventStore],
 ) -> None:
@@ -70,6 +71,7 @@ async def test_a_low_level_server_resumes_too() -> None:
             assert await stream.rest() == events[1:]
 
 
+@pytest.mark.promise("resume-goes-on-live")
 async def test_a_resume_goes_on_live_and_ends_with_the_response() -> None:
     steps = Steps()
     app = resumable_http_app(counting_server(steps), InMemoryEventStore())
@@ -90,6 +92,7 @@ async def test_a_resume_goes_on_live_and_ends_with_the_response() -> None:
     assert [answer["id"] for answer in answers_of(live)] == [1]
 
 
+@pytest.mark.promise("replay-ends-at-response")
 async def test_a_reused_request_id_replays_its_own_call_only() -> None:
     steps = Steps()
     steps.allow(2)
@@ -105,6 +108,7 @@ async def test_a_reused_request_id_replays_its_own_call_only() -> None:
             assert await stream.rest() == second[1:]
 
 
+@pytest.mark.promise("sessions-apart", "refusals-alike")
 async def test_one_session_never_sees_another_s_stream_of_the_same_name(
     make_store: Callable[[], LogEventStore],
 ) -> None:
@@ -135,6 +139,7 @@ async def test_one_session_never_sees_another_s_stream_of_the_same_name(
             assert b"no event with that id" in body
 
 
+@pytest.mark.promise("bare-store-leaks-nothing")
 async def test_the_bare_store_in_the_sdk_tells_who_serves_it_and_leaks_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -165,6 +170,7 @@ async def test_the_bare_store_in_the_sdk_tells_who_serves_it_and_leaks_nothing(
     assert len([record for record in caplog.records if record.name == "logstore.mcp"]) == 1
 
 
+@pytest.mark.promise("bare-store-leaks-nothing")
 async def test_with_the_bare_store_a_broken_call_ends_with_the_reason_and_the_next_one_works() -> None:
     steps, progress = Steps(), Progress()
     app = counting_server(steps).streamable_http_app(event_store=InMemoryEventStore(), retry_interval=20)
@@ -187,6 +193,7 @@ async def test_with_the_bare_store_a_broken_call_ends_with_the_reason_and_the_ne
     assert result.content[0].text == "again counted to 1"
 
 
+@pytest.mark.promise("unsendable-answered")
 async def test_a_result_that_cannot_be_sent_ends_the_call_with_an_error_and_the_session_goes_on() -> None:
     server = MCPServer("names")
 
@@ -209,6 +216,7 @@ async def test_a_result_that_cannot_be_sent_ends_the_call_with_an_error_and_the_
     assert result.content[0].text == "fine"
 
 
+@pytest.mark.promise("any-request-id")
 @pytest.mark.parametrize("request_id", ["", "\x00\n%", "\u200d" * 40, "x" * 5000, "#", "32:0123:1"])
 async def test_any_request_id_a_client_chooses_is_served_and_resumed(request_id: str) -> None:
     steps = Steps()
@@ -236,6 +244,7 @@ async def test_any_request_id_is_served_with_the_bare_store_too(request_id: str)
         assert answers_of(await stream.rest())[0]["id"] == request_id
 
 
+@pytest.mark.promise("gap-ends-the-call")
 async def test_a_gap_is_told_and_never_replayed() -> None:
     steps = Steps()
     app = resumable_http_app(counting_server(steps), InMemoryEventStore(max_events_per_stream=5))
@@ -251,6 +260,7 @@ async def test_a_gap_is_told_and_never_replayed() -> None:
             assert stream.response.status_code == 400
 
 
+@pytest.mark.promise("delete-ends-everywhere")
 async def test_the_end_of_a_session_ends_its_readers_and_nothing_of_it_stays_in_memory() -> None:
     app = resumable_http_app(counting_server(Steps()), InMemoryEventStore())
     endpoints = [getattr(route, "app", None) for route in app.routes]
@@ -274,6 +284,7 @@ class Tokens(TokenVerifier):
         return AccessToken(token=token, client_id=token, scopes=[], subject=token)
 
 
+@pytest.mark.promise("credential-decides")
 async def test_behind_authentication_a_session_belongs_to_its_credential() -> None:
     steps = Steps()
     steps.allow(2)
@@ -334,6 +345,7 @@ async def test_json_responses_pass() -> None:
     assert result.content[0].text == "n counted to 0"
 
 
+@pytest.mark.promise("cannot-resume-refused")
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"stateless_http": True}, "stateless"), ({"event_store": None}, "second argument")],
@@ -343,6 +355,7 @@ def test_what_cannot_resume_is_refused(options: dict[str, Any], words: str) -> N
         resumable_http_app(counting_server(Steps()), InMemoryEventStore(), **options)
 
 
+@pytest.mark.promise("cannot-resume-refused")
 def test_something_else_than_a_server_or_a_store_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="neither"):
         resumable_http_app(object(), InMemoryEventStore())  # type: ignore[arg-type]
@@ -374,6 +387,7 @@ class FailingDisk(Disk):
             raise OSError(errno.EIO, "the disk fails")
 
 
+@pytest.mark.promise("degrade-serves-on")
 async def test_while_the_disk_fails_calls_go_on_and_resume_and_sessions_open(tmp_path: Path) -> None:
     disk, steps = FailingDisk(), Steps()
     steps.allow(6)

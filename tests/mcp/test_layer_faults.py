@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ async def post(client: StrictClient, body: str, headers: list[tuple[str, str]]) 
     return response.status_code, response.text
 
 
-def texts_of(events: Sequence[Sse]) -> list[str]:
+def texts_of(events: list[Sse]) -> list[str]:
     """Return what calls returned."""
     return [answer["result"]["content"][0]["text"] for answer in answers_of(events)]
 

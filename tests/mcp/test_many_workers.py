@@ -24,6 +24,7 @@ async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
         yield running
 
 
+@pytest.mark.promise("resume-anywhere")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("how", ["reset", "clean", "half"])
 async def test_a_running_call_is_resumed_on_another_worker(tmp_path: Path, server: ServerKind, how: Any) -> None:
@@ -54,6 +55,7 @@ async def test_a_running_call_is_resumed_on_another_worker(tmp_path: Path, serve
         assert balancer.log[-1].backend == workers[1].port
 
 
+@pytest.mark.promise("requests-anywhere")
 @pytest.mark.parametrize("server", SERVERS)
 async def test_requests_arrive_anywhere_and_one_worker_serves_the_session(tmp_path: Path, server: ServerKind) -> None:
     async with (
@@ -69,6 +71,7 @@ async def test_requests_arrive_anywhere_and_one_worker_serves_the_session(tmp_pa
         assert len({connection.backend for connection in balancer.log}) == 3
 
 
+@pytest.mark.promise("requests-anywhere")
 async def test_many_calls_at_once_are_never_mixed_up(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S), Balancer.over(workers.ports) as balancer:
         clients = [await StubbornClient.connected(balancer.port) for _ in range(4)]
@@ -84,6 +87,7 @@ async def test_many_calls_at_once_are_never_mixed_up(workers: Workers) -> None:
         assert call.result is not None
 
 
+@pytest.mark.promise("requests-anywhere")
 async def test_a_large_result_comes_whole_through_another_worker(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S):
         client = await StubbornClient.connected(workers[0].port)
@@ -92,6 +96,7 @@ async def test_a_large_result_comes_whole_through_another_worker(workers: Worker
             assert (await client.call("large", "big", size=size)).text == text_of_size("big", size)
 
 
+@pytest.mark.promise("requests-anywhere")
 async def test_an_answer_to_the_server_s_question_may_arrive_at_another_worker(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S):
         client = await StubbornClient.connected(workers[0].port)
@@ -108,6 +113,7 @@ async def test_an_answer_to_the_server_s_question_may_arrive_at_another_worker(w
     assert last.message["result"]["content"][0]["text"] == "this"
 
 
+@pytest.mark.promise("resume-anywhere")
 async def test_the_standalone_stream_is_followed_on_any_worker(workers: Workers) -> None:
     account = Account("notes")
     async with asyncio.timeout(DEADLINE_S), Balancer.over(workers.ports) as balancer:
@@ -133,6 +139,7 @@ async def test_the_standalone_stream_is_followed_on_any_worker(workers: Workers)
     assert account.texts == [f"note://{note}" for note in ("first/1", "first/2", "missed/1", "missed/2", "live/1")]
 
 
+@pytest.mark.promise("delete-ends-everywhere")
 async def test_the_end_of_a_session_is_its_end_everywhere(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S):
         client = await StubbornClient.connected(workers[0].port)
@@ -149,6 +156,7 @@ async def test_the_end_of_a_session_is_its_end_everywhere(workers: Workers) -> N
                 assert exchange.status == 404
 
 
+@pytest.mark.promise("one-stream-one-connection")
 async def test_a_resume_ends_the_connection_before_it_on_whichever_worker(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S):
         client = await StubbornClient.connected(workers[0].port)
@@ -172,6 +180,7 @@ async def test_a_resume_ends_the_connection_before_it_on_whichever_worker(worker
     assert [event.message["method"] for event in events[:-1] if event.message] == ["notifications/progress"] * 3
 
 
+@pytest.mark.promise("one-stream-one-connection")
 async def test_a_reader_that_is_gone_without_a_word_stalls_nobody(workers: Workers) -> None:
     """The SDK's router waits for such a reader, once the buffers are full, and then stores nothing more."""
     steps = 5000
@@ -188,6 +197,7 @@ async def test_a_reader_that_is_gone_without_a_word_stalls_nobody(workers: Worke
         assert call.result is not None
 
 
+@pytest.mark.promise("requests-anywhere")
 @pytest.mark.slow
 async def test_uvicorn_s_own_workers_share_the_sessions(tmp_path: Path) -> None:
     async with asyncio.timeout(DEADLINE_S), Uvicorn.running(tmp_path / "events.db", 4) as uvicorn:

@@ -23,6 +23,7 @@ async def test_of_a_long_stream_the_newest_events_stay() -> None:
     assert await messages_after(store, ids[8]) == [note(9)]
 
 
+@pytest.mark.promise("memory-store-bounded")
 async def test_a_gap_raises_and_the_last_event_before_it_is_no_gap() -> None:
     store = InMemoryEventStore(max_events_per_stream=3)
     ids = [await store.store_event("s", note(number)) for number in range(10)]
@@ -33,6 +34,7 @@ async def test_a_gap_raises_and_the_last_event_before_it_is_no_gap() -> None:
             await replayed(store, event_id)
 
 
+@pytest.mark.promise("memory-store-bounded")
 async def test_all_streams_together_stay_within_the_budget() -> None:
     log = MemoryLog(1000, 100_000, 1000)
     for number in range(1000):
@@ -50,6 +52,7 @@ async def test_an_event_larger_than_the_budget_is_kept_while_it_is_the_newest() 
     assert [event.event_id for event in await log.read("s", small)] == [large]
 
 
+@pytest.mark.promise("memory-store-bounded")
 async def test_the_stream_longest_without_an_event_goes_first() -> None:
     log = MemoryLog(1000, 1 << 20, 2)
     first = await log.append("a", b"1")
@@ -64,6 +67,7 @@ async def test_the_stream_longest_without_an_event_goes_first() -> None:
         await log.stream_of(dropped)
 
 
+@pytest.mark.promise("unknown-id-is-none")
 async def test_ids_of_an_earlier_store_are_unknown() -> None:
     earlier = InMemoryEventStore()
     old = await earlier.store_event("s", note(1))
@@ -100,6 +104,7 @@ async def test_a_follower_of_a_stream_that_does_not_exist_yet_gets_its_first_eve
     assert await waiting == [b"1"]
 
 
+@pytest.mark.promise("memory-store-bounded")
 async def test_a_follower_that_was_too_slow_is_told() -> None:
     log = MemoryLog(2, 1 << 20, 1)
     start = await log.append("s", b"0")
@@ -131,6 +136,7 @@ async def test_closing_ends_followers() -> None:
     assert await waiting is None
 
 
+@pytest.mark.promise("no-hole-passed-over")
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 300)), max_size=60),
     st.integers(1, 6),

@@ -64,6 +64,7 @@ def same_types(left: object, right: object) -> bool:
     return left == right
 
 
+@pytest.mark.promise("message-comes-back")
 @given(objects)
 def test_a_plain_dict_comes_back_with_its_values_types_and_order(message: dict[str, Any]) -> None:
     event = stored(message)
@@ -71,6 +72,7 @@ def test_a_plain_dict_comes_back_with_its_values_types_and_order(message: dict[s
     assert same_types(decode(event), message)
 
 
+@pytest.mark.promise("message-comes-back")
 @given(models)
 def test_a_model_comes_back_equal_as_the_sdk_parses_and_sends_it(message: JSONRPCMessage) -> None:
     event = stored(message)
@@ -82,12 +84,14 @@ def test_a_model_comes_back_equal_as_the_sdk_parses_and_sends_it(message: JSONRP
     assert back.model_dump_json(by_alias=True, exclude_unset=True) == wire
 
 
+@pytest.mark.promise("message-comes-back")
 def test_an_error_without_an_id_keeps_its_null() -> None:
     error = JSONRPCError(jsonrpc="2.0", id=None, error=ErrorData(code=-32700, message="?"))
     assert b'"id":null' in stored(error).payload
     assert decode(stored(error)) == error
 
 
+@pytest.mark.promise("import-foreign")
 @given(models | objects, text, text)
 def test_an_imported_message_comes_back_without_where_it_came_from(
     message: Message, source: str, source_id: str
@@ -140,6 +144,7 @@ knot: list[Any] = []
 knot += [knot, knot]
 
 
+@pytest.mark.promise("not-json-refused")
 @pytest.mark.parametrize(
     ("message", "path", "reason"),
     [
@@ -199,6 +204,7 @@ def response(request_id: int | str, result: dict[str, Any] | None = None) -> JSO
     return JSONRPCResponse(jsonrpc="2.0", id=request_id, result=result or {})
 
 
+@pytest.mark.promise("replay-ends-at-response")
 @pytest.mark.parametrize(
     ("stream_id", "message", "final"),
     [
@@ -219,6 +225,7 @@ def test_only_the_response_to_the_stream_s_request_ends_it(stream_id: str, messa
     assert bool(encode(stream_id, message)[1] & FLAG_FINAL) is final
 
 
+@pytest.mark.promise("unsendable-answered")
 def test_a_response_that_cannot_be_stored_becomes_an_error_for_the_same_request() -> None:
     problem = InvalidMessageError("$", "the text \udc80 cannot be sent")
     payload, flags = encode_substitute(response("r\u00e9", {"a": "\udc80"}), problem)
@@ -230,6 +237,7 @@ def test_a_response_that_cannot_be_stored_becomes_an_error_for_the_same_request(
     assert "the text \\udc80 cannot be sent" in substitute.error.message
 
 
+@pytest.mark.promise("unsendable-answered")
 def test_a_notification_that_cannot_be_stored_leaves_a_priming_event() -> None:
     message = JSONRPCNotification(jsonrpc="2.0", method="m", params={"text": "\udc80"})
     assert encode_substitute(message, InvalidMessageError("$", "surrogates")) == (b"", FLAG_PRIMING)

@@ -160,6 +160,7 @@ async def run(snippet: str, names: dict[str, Any]) -> None:
         await result
 
 
+@pytest.mark.promise("original-api")
 async def test_basic_use(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     async with PersistentEventStore("InternalStorage/events.db") as earlier:
         names["last_event_id"] = await earlier.store_event("stream_1", {"method": "seen"})
@@ -183,6 +184,7 @@ async def test_environment(names: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     assert names["config"] == EventStoreConfig(backup_enabled=True)
 
 
+@pytest.mark.promise("original-api")
 async def test_statistics(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     names["last_event_id"] = "1"
     await run(BASIC_USE, names)
@@ -217,6 +219,7 @@ async def filled(names: dict[str, Any]) -> None:
     await run(MANAGER.replace('"path/to/backup.db"', "backup_path"), names)
 
 
+@pytest.mark.promise("original-api")
 async def test_the_manager(names: dict[str, Any]) -> None:
     await filled(names)
     assert names["backup_path"].startswith("InternalStorage/events-backups/")
@@ -226,6 +229,7 @@ async def test_the_manager(names: dict[str, Any]) -> None:
         assert store.get_stream_stats()["stream_1"]["events"] == 5
 
 
+@pytest.mark.promise("original-api")
 async def test_validation(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     await filled(names)
     await run(VALIDATION, names)
@@ -237,6 +241,7 @@ async def test_validation(names: dict[str, Any], capsys: pytest.CaptureFixture[s
     assert str(segment) in printed
 
 
+@pytest.mark.promise("original-api")
 async def test_export_and_import(names: dict[str, Any]) -> None:
     await filled(names)
     await run(TRANSFER, names)
@@ -247,6 +252,7 @@ async def test_export_and_import(names: dict[str, Any]) -> None:
     assert names["manager"].import_events("backup.json") == 5
 
 
+@pytest.mark.promise("original-api")
 async def test_maintenance(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     await filled(names)
     names["config"] = get_config("production")

@@ -121,6 +121,7 @@ def is_empty(folder: Path) -> bool:
     return not any(folder.iterdir())
 
 
+@pytest.mark.promise("sockets-are-private", "long-paths")
 async def test_a_request_and_its_response_pass_wherever_the_store_is(folder: Path, aside: Path) -> None:
     async with asyncio.timeout(DEADLINE_S), opened(folder, 1, Host()) as one, opened(folder, 2, Host()):
         outcome, client = await forward(one, 2, b"hello")
@@ -134,6 +135,7 @@ async def test_a_request_and_its_response_pass_wherever_the_store_is(folder: Pat
     assert is_empty(aside)
 
 
+@pytest.mark.promise("one-hop")
 async def test_a_request_that_comes_back_was_not_answered(tmp_path: Path) -> None:
     async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one, opened(tmp_path, 2, Host()):
         outcome, client = await forward(one, 2, b"again")
@@ -146,6 +148,7 @@ async def test_without_a_listener_nothing_was_done(tmp_path: Path) -> None:
         assert (await forward(one, 2, b"hello"))[0] is Outcome.UNREACHABLE
 
 
+@pytest.mark.promise("never-sent-twice")
 async def test_a_response_that_breaks_off_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one, opened(tmp_path, 2, Host()):
         outcome, client = await forward(one, 2, b"fail")
@@ -154,6 +157,7 @@ async def test_a_response_that_breaks_off_ends(tmp_path: Path, caplog: pytest.Lo
     assert "on purpose" in caplog.text
 
 
+@pytest.mark.promise("never-sent-twice")
 async def test_a_worker_that_goes_away_before_it_answers_may_have_begun(tmp_path: Path) -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
@@ -165,6 +169,7 @@ async def test_a_worker_that_goes_away_before_it_answers_may_have_begun(tmp_path
         server.close()
 
 
+@pytest.mark.promise("never-sent-twice")
 async def test_a_worker_that_does_not_react_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_SILENCE_S", 0.05)
     stuck: list[asyncio.StreamWriter] = []
@@ -180,6 +185,7 @@ async def test_a_worker_that_does_not_react_is_given_up(tmp_path: Path, monkeypa
             writer.close()
 
 
+@pytest.mark.promise("frozen-keeps")
 async def test_a_slow_worker_that_lives_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_SILENCE_S", 0.05)
     asked = asyncio.Event()

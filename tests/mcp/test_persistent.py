@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from logstore import create_event_store, get_config
 from logstore.errors import NotAStoreError, StoreClosedError
 from logstore.mcp import PersistentEventStore
+from tests.engine import eventually
 from tests.mcp.test_contract import MODELS, messages_after, note, replayed
 
 
@@ -89,6 +92,7 @@ async def test_a_place_that_cannot_hold_a_store_is_refused_and_may_be_mended(tmp
     await store.close()
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_the_testing_store_lives_in_a_private_folder_and_leaves_nothing(temporary: Path) -> None:
     store = create_event_store(**get_config("testing").__dict__)
     assert entries(temporary) == []
@@ -122,6 +126,7 @@ def hold() -> subprocess.Popen[str]:
     return holder
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_a_process_that_ends_without_closing_leaves_nothing(temporary: Path) -> None:
     holder = await asyncio.to_thread(hold)
     assert len(entries(temporary)) == 1
@@ -130,6 +135,7 @@ async def test_a_process_that_ends_without_closing_leaves_nothing(temporary: Pat
     assert entries(temporary) == []
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_live_one_is_not(temporary: Path) -> None:
     killed, living = await asyncio.gather(asyncio.to_thread(hold), asyncio.to_thread(hold))
     try:
@@ -145,6 +151,7 @@ async def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_live_one_is
     assert entries(temporary) == []
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 async def test_a_sweep_leaves_what_others_put_there(temporary: Path) -> None:
     (temporary / "logstore-memory-being-made").mkdir()
     (temporary / "logstore-memory-link").symlink_to(temporary)
@@ -166,9 +173,35 @@ if child:
 """
 
 
+@pytest.mark.promise("testing-leaves-nothing")
 def test_a_forked_child_does_not_remove_the_folder(temporary: Path) -> None:
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=30)
     assert entries(temporary) == []
+
+
+def open_to_others(folder: Path) -> list[Path]:
+    found = []
+    for each in folder.rglob("*"):
+        # A running store makes and removes files.
+        with contextlib.suppress(FileNotFoundError):
+            if each.stat().st_mode & 0o077:
+                found.append(each)
+    return found
+
+
+@pytest.mark.promise("files-are-private")
+async def test_whatever_a_store_puts_on_the_disk_is_for_its_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    umask = os.umask(0)
+    try:
+        async with PersistentEventStore(folder / "e.db", backup_enabled=True, maintenance_interval_s=0.01) as store:
+            await store.store_events([("s", note(number)) for number in range(5)])
+            await (await store.sessions()).open("key", b"")
+            await eventually(lambda: list(folder.glob("e-backups/*.backup.json")), "a backup")
+            assert open_to_others(tmp_path) == []
+    finally:
+        os.umask(umask)
+    assert open_to_others(tmp_path) == []
 
 
 async def test_the_database_info_tells_how_long_operations_take(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def check_died(call: Call, to: int) -> None:
     assert "call again" in call.error["message"]
 
 
+@pytest.mark.promise("sessions-outlive-restarts", "dead-calls-end")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("resumed_on", ["another worker", "the worker started again"])
 async def test_a_call_whose_worker_was_killed_ends_at_once_with_a_clear_error_and_the_session_goes_on(
@@ -82,6 +83,7 @@ async def test_a_call_whose_worker_was_killed_ends_at_once_with_a_clear_error_an
             assert [event.id for event in await exchange.rest()] == call.ids[1:]
 
 
+@pytest.mark.promise("sessions-outlive-restarts")
 async def test_all_workers_are_killed_and_the_sessions_go_on(workers: Workers, balancer: Balancer) -> None:
     async with asyncio.timeout(DEADLINE_S):
         clients = [await StubbornClient.connected(balancer.port) for _ in range(6)]
@@ -103,6 +105,7 @@ async def test_all_workers_are_killed_and_the_sessions_go_on(workers: Workers, b
             assert [event.id for event in await exchange.rest()] == answered.ids[1:]
 
 
+@pytest.mark.promise("sessions-outlive-restarts")
 async def test_an_answer_that_the_client_did_not_see_outlives_its_worker(workers: Workers, balancer: Balancer) -> None:
     async with asyncio.timeout(DEADLINE_S):
         balancer.towards(workers[0].port)
@@ -116,6 +119,7 @@ async def test_an_answer_that_the_client_did_not_see_outlives_its_worker(workers
         assert late.ids == seen.ids
 
 
+@pytest.mark.promise("drain")
 async def test_a_graceful_stop_lets_a_running_call_finish(tmp_path: Path) -> None:
     async with (
         asyncio.timeout(DEADLINE_S),
@@ -138,6 +142,7 @@ async def test_a_graceful_stop_lets_a_running_call_finish(tmp_path: Path) -> Non
         check_counted(await client.call("stroll", "next", to=1, pause_ms=0), 1, "next counted to 1")
 
 
+@pytest.mark.promise("drain")
 async def test_a_graceful_stop_ends_what_does_not_finish(tmp_path: Path) -> None:
     async with (
         asyncio.timeout(DEADLINE_S),
@@ -153,6 +158,7 @@ async def test_a_graceful_stop_ends_what_does_not_finish(tmp_path: Path) -> None
         check_died(call, 5)
 
 
+@pytest.mark.promise("drain")
 async def test_a_graceful_stop_of_all_takes_nothing_from_the_sessions(workers: Workers, balancer: Balancer) -> None:
     async with asyncio.timeout(DEADLINE_S):
         clients = [await StubbornClient.connected(balancer.port) for _ in range(4)]
@@ -169,6 +175,7 @@ async def test_a_graceful_stop_of_all_takes_nothing_from_the_sessions(workers: W
     assert workers.complaints() == []
 
 
+@pytest.mark.promise("rolling-restart")
 @pytest.mark.slow
 async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, balancer: Balancer) -> None:
     stopping = asyncio.Event()
@@ -194,6 +201,7 @@ async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, bala
     assert workers.complaints() == []
 
 
+@pytest.mark.promise("one-worker-serves")
 async def test_two_workers_take_over_one_session_at_the_same_moment_and_one_serves_it(workers: Workers) -> None:
     async with asyncio.timeout(DEADLINE_S):
         clients = [await StubbornClient.connected(workers[0].port) for _ in range(8)]
@@ -218,6 +226,7 @@ async def test_two_workers_take_over_one_session_at_the_same_moment_and_one_serv
         assert [len(pids) for pids in owners] == [1] * len(clients)
 
 
+@pytest.mark.promise("never-sent-twice", "frozen-keeps")
 async def test_a_frozen_worker_keeps_its_sessions_and_goes_on_when_it_comes_back(
     workers: Workers, balancer: Balancer
 ) -> None:
@@ -248,6 +257,7 @@ async def test_a_frozen_worker_keeps_its_sessions_and_goes_on_when_it_comes_back
         assert (await client.call("process", "p")).text == str(workers[0].pid)
 
 
+@pytest.mark.promise("dead-calls-end")
 async def test_a_frozen_worker_that_is_killed_loses_its_sessions_to_the_others(
     workers: Workers, balancer: Balancer
 ) -> None:
@@ -303,6 +313,7 @@ def fill_up(path: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.promise("degrade-serves-on", "catches-up")
 async def test_while_the_disk_is_full_calls_go_on_and_then_everything_is_there(small_disk: Path) -> None:
     path, filler = small_disk / "events.db", small_disk / "filler"
     steps = 3000

@@ -63,6 +63,7 @@ async def call(client: StrictClient, request_id: int, to: int) -> list[Any]:
         return await stream.rest()
 
 
+@pytest.mark.promise("idle-sessions-park")
 @any_server
 async def test_an_idle_session_leaves_memory_and_comes_back_with_its_next_request(
     kind: str, make_store: Callable[[], LogEventStore]
@@ -88,6 +89,7 @@ async def test_an_idle_session_leaves_memory_and_comes_back_with_its_next_reques
             assert stream.response.status_code == 404
 
 
+@pytest.mark.promise("idle-sessions-park")
 async def test_a_session_with_a_running_call_or_a_reader_is_not_idle() -> None:
     steps = Steps()
     async with (
@@ -109,6 +111,7 @@ async def test_a_session_with_a_running_call_or_a_reader_is_not_idle() -> None:
         await eventually(lambda: not custody.live, "parked")
 
 
+@pytest.mark.promise("sessions-outlive-restarts")
 @any_server
 async def test_sessions_outlive_a_restart(kind: str, tmp_path: Path) -> None:
     steps = Steps()
@@ -125,6 +128,7 @@ async def test_sessions_outlive_a_restart(kind: str, tmp_path: Path) -> None:
     assert [progress_of(events) for events in after] == [["n 1"], ["n 1"]]
 
 
+@pytest.mark.promise("unused-sessions-end")
 async def test_a_session_that_nobody_uses_ends(make_store: Callable[[], LogEventStore]) -> None:
     # A tenth of a second.
     hours = 0.1 / 3600
@@ -141,6 +145,7 @@ async def test_a_session_that_nobody_uses_ends(make_store: Callable[[], LogEvent
             await custody.expire()
 
 
+@pytest.mark.promise("unused-sessions-end")
 async def test_a_session_in_use_does_not_end_however_old_it_is(make_store: Callable[[], LogEventStore]) -> None:
     async with (
         serving("mcpserver", Steps(), make_store(), session_ttl_hours=0.2 / 3600) as (port, custody),
@@ -170,6 +175,7 @@ class FullDisk(Disk):
         super().write(fd, data, offset)
 
 
+@pytest.mark.promise("full-disk-sessions")
 async def test_on_a_full_disk_sessions_open_and_are_kept_once_there_is_room(tmp_path: Path) -> None:
     disk, steps = FullDisk(), Steps()
     steps.allow(2)
@@ -185,6 +191,7 @@ async def test_on_a_full_disk_sessions_open_and_are_kept_once_there_is_room(tmp_
             assert await custody.keeper.find(key) is not None
 
 
+@pytest.mark.promise("full-disk-sessions")
 async def test_on_a_full_disk_no_session_is_taken_over_and_none_is_lost(tmp_path: Path) -> None:
     disk, steps = FullDisk(), Steps()
     async with session(PersistentEventStore(tmp_path / "e.db"), steps) as (client, _):
@@ -198,6 +205,7 @@ async def test_on_a_full_disk_no_session_is_taken_over_and_none_is_lost(tmp_path
         assert answers_of(await call(again, 2, 0))[0]["id"] == 2
 
 
+@pytest.mark.promise("session-limit-passed-on")
 async def test_the_sdk_s_limit_of_sessions_passes_through_a_revival(tmp_path: Path) -> None:
     steps = Steps()
     async with session(PersistentEventStore(tmp_path / "e.db"), steps) as (client, _):
@@ -215,6 +223,7 @@ async def test_the_sdk_s_limit_of_sessions_passes_through_a_revival(tmp_path: Pa
         assert answers_of(await call(again, 2, 0))[0]["id"] == 2
 
 
+@pytest.mark.promise("dead-calls-end")
 @pytest.mark.parametrize("request_id", [7, "7", "a b", "%-7"])
 async def test_a_call_that_a_stop_cuts_off_ends_with_an_error_under_its_own_id(
     tmp_path: Path, request_id: int | str
@@ -236,6 +245,7 @@ async def test_a_call_that_a_stop_cuts_off_ends_with_an_error_under_its_own_id(
             assert "call again" in answer["error"]["message"]
 
 
+@pytest.mark.promise("resume-goes-on-live")
 async def test_a_resume_behind_the_response_ends_at_once(make_store: Callable[[], LogEventStore]) -> None:
     async with serving("mcpserver", Steps(), make_store()) as (port, _), StrictClient.connected(port) as client:
         events = await call(client, 1, 0)
@@ -244,6 +254,7 @@ async def test_a_resume_behind_the_response_ends_at_once(make_store: Callable[[]
             assert await stream.rest() == []
 
 
+@pytest.mark.promise("one-stream-one-connection")
 async def test_the_newest_of_several_resumes_has_the_stream(make_store: Callable[[], LogEventStore]) -> None:
     steps = Steps()
     async with session(make_store(), steps) as (client, _), client.call(1, "count", to=1, label="n") as first:
@@ -268,6 +279,7 @@ async def test_a_client_that_comes_back_is_told_how_long_to_wait_the_next_time(
             assert b"retry: 1234\r\n" in await stream.response.aread()
 
 
+@pytest.mark.promise("closing-a-stream")
 @pytest.mark.parametrize("lowlevel", [False, True])
 async def test_a_tool_closes_its_stream_also_when_it_was_resumed(lowlevel: bool) -> None:
     steps, server = Steps(), MCPServer("closing")
@@ -297,6 +309,7 @@ async def test_a_tool_closes_its_stream_also_when_it_was_resumed(lowlevel: bool)
         assert answers_of(rest)[0]["id"] == 1
 
 
+@pytest.mark.promise("checked-as-a-get")
 async def test_a_resume_is_checked_as_the_sdk_checks_a_get(make_store: Callable[[], LogEventStore]) -> None:
     async with serving("mcpserver", Steps(), make_store()) as (port, _), StrictClient.connected(port) as client:
         events = await call(client, 1, 0)
@@ -312,6 +325,7 @@ async def test_a_resume_is_checked_as_the_sdk_checks_a_get(make_store: Callable[
             assert response.status_code == status
 
 
+@pytest.mark.promise("new-revision-untouched")
 async def test_a_revision_without_sessions_passes_untouched() -> None:
     async with (
         serving("mcpserver", Steps(), InMemoryEventStore()) as (port, custody),
@@ -326,6 +340,7 @@ async def test_a_revision_without_sessions_passes_untouched() -> None:
         assert len(custody.live) == 1
 
 
+@pytest.mark.promise("cannot-resume-refused")
 def test_the_sdk_s_idle_timeout_is_refused_with_what_to_say_instead() -> None:
     with pytest.raises(ConfigurationError, match="session_idle_s"):
         resumable_http_app(FastMCP("x"), InMemoryEventStore(), session_idle_timeout=5)

@@ -16,6 +16,7 @@ from tests.mcp.rig_client import Account, Call
 SCRIPT = Path(crash.__file__)
 
 
+@pytest.mark.promise("resume-exact", "never-sent-twice")
 @pytest.mark.slow
 def test_clients_over_many_workers_lose_nothing_while_connections_and_workers_break(tmp_path: Path) -> None:
     sizes = ("--calls", "80", "--clients", "8", "--workers", "3")

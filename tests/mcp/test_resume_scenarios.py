@@ -56,6 +56,7 @@ async def until_texts(call: Call, count: int) -> None:
 # The SDK's client, within its limits.
 
 
+@pytest.mark.promise("resume-exact")
 async def test_the_sdk_s_client_survives_one_abrupt_cut_of_a_call(workers: Workers, balancer: Balancer) -> None:
     async with asyncio.timeout(DEADLINE_S), sdk_client(balancer) as client:
         await client.list_tools()
@@ -73,6 +74,7 @@ async def test_the_sdk_s_client_survives_one_abrupt_cut_of_a_call(workers: Worke
             assert progress.seen == [f"{label} {step}" for step in range(1, 7)]
 
 
+@pytest.mark.promise("resume-exact")
 async def test_the_sdk_s_client_survives_any_number_of_clean_ends(workers: Workers, balancer: Balancer) -> None:
     ends, progress = 5, Progress()
     async with asyncio.timeout(DEADLINE_S), sdk_client(balancer) as client:
@@ -87,6 +89,7 @@ async def test_the_sdk_s_client_survives_any_number_of_clean_ends(workers: Worke
     assert progress.seen == [f"n {step}" for step in range(1, ends + 1)]
 
 
+@pytest.mark.promise("sessions-outlive-restarts")
 async def test_the_sdk_s_client_outlives_the_worker_that_served_it(workers: Workers, balancer: Balancer) -> None:
     async with asyncio.timeout(DEADLINE_S), sdk_client(balancer) as client:
         await client.list_tools()
@@ -151,6 +154,7 @@ async def test_a_resume_replays_its_own_stream_and_no_other_of_the_session(
         assert not two.resumes
 
 
+@pytest.mark.promise("closing-a-stream")
 async def test_a_tool_that_closes_its_own_stream_goes_on_and_the_client_comes_back(
     workers: Workers, balancer: Balancer
 ) -> None:
@@ -165,6 +169,7 @@ async def test_a_tool_that_closes_its_own_stream_goes_on_and_the_client_comes_ba
         assert workers.conductor.closed == {"n"}
 
 
+@pytest.mark.promise("resume-anywhere")
 async def test_a_finished_call_is_replayed_as_often_as_asked_from_wherever_asked(
     workers: Workers, balancer: Balancer
 ) -> None:
@@ -178,6 +183,7 @@ async def test_a_finished_call_is_replayed_as_often_as_asked_from_wherever_asked
             assert late.ids == call.ids
 
 
+@pytest.mark.promise("resume-goes-on-live")
 async def test_what_was_announced_while_nobody_listened_comes_with_the_resume(
     workers: Workers, balancer: Balancer
 ) -> None:

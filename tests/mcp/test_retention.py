@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from mcp import Client
 
 from logstore.mcp import PersistentEventStore, resumable_http_app
@@ -21,6 +22,7 @@ def ask(path: Path, sql: str) -> list[tuple[int | str, ...]]:
         return connection.execute(sql).fetchall()
 
 
+@pytest.mark.promise("maintenance-by-itself")
 async def test_a_running_store_makes_its_backups_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     backups = FolderTarget(default_backups(path))
@@ -35,6 +37,27 @@ async def test_a_running_store_makes_its_backups_by_itself(tmp_path: Path) -> No
     assert ask(path, "SELECT task FROM maintenance WHERE task = 'backup'") == [("backup",)]
 
 
+def damaged_segment(path: Path) -> Path:
+    """Change a byte in the only segment of a store."""
+    (segment,) = path.parent.glob("events-log/segments/*.segment")
+    data = bytearray(segment.read_bytes())
+    data[1000] ^= 1
+    segment.write_bytes(data)
+    return segment
+
+
+@pytest.mark.promise("damage-found-unasked")
+async def test_a_running_store_finds_damage_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "events.db"
+    async with PersistentEventStore(path) as store:
+        await store.store_events([("a", {"n": number}) for number in range(100)])
+    segment = damaged_segment(path)
+    async with PersistentEventStore(path, maintenance_interval_s=0.01):
+        await eventually(lambda: ask(path, "SELECT file FROM damage") == [(f"segments/{segment.name}",)])
+    assert str(segment) in caplog.text
+
+
+@pytest.mark.promise("window-and-requests-spared")
 async def test_streams_of_requests_say_so_and_sessions_name_their_streams(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     steps, progress = Steps(), Progress()

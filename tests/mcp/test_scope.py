@@ -12,6 +12,7 @@ from logstore.mcp.scope import SessionScope, name_in_log, request_id_of
 anything = st.text(st.characters(exclude_categories=[]))
 
 
+@pytest.mark.promise("any-request-id")
 @given(anything)
 async def test_any_stream_id_has_a_name_that_the_log_takes_and_gives_back(stream_id: str) -> None:
     session = SessionScope()
@@ -21,6 +22,7 @@ async def test_any_stream_id_has_a_name_that_the_log_takes_and_gives_back(stream
         assert str(request_id_of(name)) == stream_id
 
 
+@pytest.mark.promise("sessions-apart")
 @given(st.lists(anything, unique=True))
 def test_two_stream_ids_never_share_a_name(stream_ids: list[str]) -> None:
     session = SessionScope()
@@ -47,6 +49,7 @@ def test_a_stream_id_cannot_pretend_to_be_hashed() -> None:
     assert session.name_of(hashed) != session.name_of("x" * 1000)
 
 
+@pytest.mark.promise("sessions-apart")
 def test_another_session_s_stream_is_not_recognised() -> None:
     mine, other = SessionScope(), SessionScope()
     assert mine.owns(mine.name_of("1"))
@@ -55,6 +58,7 @@ def test_another_session_s_stream_is_not_recognised() -> None:
     assert not mine.owns(mine.token)
 
 
+@pytest.mark.promise("any-request-id")
 @pytest.mark.parametrize("request_id", [0, 1, -5, "1", "0", "-5", "007", "a", "", "%", "#", "%-1", "1.0", "\u0663"])
 def test_an_answer_finds_the_request_s_id_as_its_client_wrote_it(request_id: int | str) -> None:
     found = request_id_of(SessionScope().begin(request_id))

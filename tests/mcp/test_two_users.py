@@ -69,6 +69,7 @@ async def users_of(port: int) -> list[User]:
     return users
 
 
+@pytest.mark.promise("sessions-apart", "refusals-alike")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("happened", ["nothing", "another worker", "a restart"])
 async def test_every_combination_of_session_id_and_credential(
@@ -110,6 +111,7 @@ async def test_every_combination_of_session_id_and_credential(
             assert refusal.status == 400
 
 
+@pytest.mark.promise("credential-decides", "refusals-alike")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("happened", ["nothing", "another worker", "a restart"])
 async def test_nobody_speaks_in_somebody_else_s_session_or_ends_it(
@@ -140,6 +142,7 @@ async def test_nobody_speaks_in_somebody_else_s_session_or_ends_it(
         assert ended == await see(port, "GET", bob.name, NOWHERE, bob.ids[0])
 
 
+@pytest.mark.promise("sessions-apart")
 async def test_without_authentication_the_session_id_alone_decides(tmp_path: Path) -> None:
     async with asyncio.timeout(DEADLINE_S), Workers.running(tmp_path / "events.db", 2) as workers:
         alice, bob = await users_of(workers[0].port)

@@ -79,6 +79,7 @@ def append_raw(store: OpenStore, *, show: bool) -> int:
 # What is in it.
 
 
+@pytest.mark.promise("backup-holds-acknowledged")
 async def test_a_running_log_is_backed_up_by_its_own_process_and_by_another(
     path: Path, pool: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ async def test_a_running_log_is_backed_up_by_its_own_process_and_by_another(
         assert await asyncio.to_thread(contents, place) == before
 
 
+@pytest.mark.promise("backup-holds-acknowledged")
 async def test_journals_of_every_lane_are_in_it(path: Path, pool: Path, other: Path) -> None:
     async with Log(path, IN_JOURNALS) as first, Log(path, IN_JOURNALS) as second:
         await append(first, 10)
@@ -108,6 +110,7 @@ async def test_journals_of_every_lane_are_in_it(path: Path, pool: Path, other: P
     assert await asyncio.to_thread(contents, other) == before
 
 
+@pytest.mark.promise("backup-holds-acknowledged")
 async def test_what_a_killed_process_acknowledged_is_in_it(path: Path, pool: Path, other: Path) -> None:
     script = """
 import asyncio, sys
@@ -125,6 +128,7 @@ asyncio.run(main())
     assert (await asyncio.to_thread(contents, other))[STREAMS[0]] == [(event_id, b"payload")]
 
 
+@pytest.mark.promise("backup-nothing-else")
 def test_what_nobody_may_see_yet_is_not_in_it(path: Path, pool: Path, other: Path) -> None:
     with opened(path) as writing:
         shown = append_raw(writing, show=True)
@@ -134,6 +138,7 @@ def test_what_nobody_may_see_yet_is_not_in_it(path: Path, pool: Path, other: Pat
     assert contents(other)[STREAMS[0]] == [(shown, b"payload")]
 
 
+@pytest.mark.promise("backup-nothing-else")
 def test_an_event_that_a_crash_left_in_a_journal_and_in_a_segment_counts_once(
     path: Path, pool: Path, other: Path
 ) -> None:
@@ -153,6 +158,7 @@ def test_an_event_that_a_crash_left_in_a_journal_and_in_a_segment_counts_once(
     assert restore(pool, other).events == 1
 
 
+@pytest.mark.promise("backup-incremental")
 async def test_the_second_of_two_backups_copies_almost_nothing_and_reads_no_sealed_segment(
     path: Path, pool: Path
 ) -> None:
@@ -171,6 +177,7 @@ async def test_the_second_of_two_backups_copies_almost_nothing_and_reads_no_seal
     assert not [name for kind, name in disk.calls if kind == "open" and name.endswith(".segment")]
 
 
+@pytest.mark.promise("backup-holds-up-nobody")
 def test_locks_are_not_held_while_bytes_are_copied(path: Path, pool: Path) -> None:
     write(path, 50)
     held: list[str] = []
@@ -232,6 +239,7 @@ def sealed(path: Path) -> list[Path]:
     return [path.parent / "events-log" / file for (file,) in rows]
 
 
+@pytest.mark.promise("backup-names-damage")
 def test_a_damaged_segment_is_copied_as_it_is_and_named(path: Path, pool: Path, other: Path) -> None:
     write(path, 300)
     before = contents(path)
@@ -263,6 +271,7 @@ def contents_up_to_gaps(path: Path) -> dict[str, list[tuple[int, bytes]]]:
     return asyncio.run(run())
 
 
+@pytest.mark.promise("backup-names-damage")
 def test_the_good_bytes_of_a_segment_that_rots_later_are_kept(path: Path, pool: Path, other: Path) -> None:
     write(path, 300)
     before = contents(path)
@@ -273,6 +282,7 @@ def test_the_good_bytes_of_a_segment_that_rots_later_are_kept(path: Path, pool: 
     assert contents(other) == before
 
 
+@pytest.mark.promise("backup-names-damage")
 def test_a_lost_segment_does_not_stop_a_backup(path: Path, pool: Path, other: Path) -> None:
     write(path, 300)
     with opened(path) as store:
@@ -284,6 +294,7 @@ def test_a_lost_segment_does_not_stop_a_backup(path: Path, pool: Path, other: Pa
     assert restore(pool, other).events < result.events
 
 
+@pytest.mark.promise("backup-names-damage")
 def test_damage_in_a_segment_that_is_not_sealed_and_in_a_journal_is_named(path: Path, pool: Path) -> None:
     write(path, 30)
     with closing(sqlite3.connect(path)) as catalogue, catalogue:
@@ -325,6 +336,7 @@ def test_a_damaged_registry_costs_the_sessions_only(path: Path, pool: Path, othe
 # Damage in the pool.
 
 
+@pytest.mark.promise("backup-whole-or-absent")
 def test_a_manifest_that_was_cut_off_or_altered_is_refused(path: Path, pool: Path) -> None:
     write(path, 1)
     backup = Path(back_up(path, pool).path)
@@ -343,6 +355,7 @@ def test_a_manifest_that_was_cut_off_or_altered_is_refused(path: Path, pool: Pat
     assert list_backups(target)[0].problem is None
 
 
+@pytest.mark.promise("newer-format-refused")
 def test_a_manifest_of_a_newer_release_is_refused_and_kept(path: Path, pool: Path) -> None:
     write(path, 1)
     back_up(path, pool)
@@ -356,6 +369,7 @@ def test_a_manifest_of_a_newer_release_is_refused_and_kept(path: Path, pool: Pat
     assert len(target.manifests()) == 2
 
 
+@pytest.mark.promise("backup-verifies")
 def test_every_changed_byte_of_a_backup_is_found(path: Path, pool: Path) -> None:
     write(path, 3)
     result = back_up(path, pool)
@@ -390,6 +404,7 @@ def test_an_object_of_another_length_is_written_again(path: Path, pool: Path) ->
 # Interrupted.
 
 
+@pytest.mark.promise("backup-whole-or-absent")
 def test_whatever_call_of_the_pools_disk_fails_every_manifest_there_is_whole(path: Path, pool: Path) -> None:
     write(path, 20)
     at = 0
@@ -415,6 +430,7 @@ def test_whatever_call_of_the_pools_disk_fails_every_manifest_there_is_whole(pat
     assert at > 10
 
 
+@pytest.mark.promise("backup-whole-or-absent")
 def test_the_manifest_comes_after_all_that_it_names_is_on_disk(path: Path, pool: Path) -> None:
     write(path, 1)
     disk = FaultyDisk()
@@ -443,6 +459,7 @@ def aged(pool: Path, days: float) -> None:
     (pool / key).rename(pool / manifest_key(moment - timedelta(days=days)))
 
 
+@pytest.mark.promise("backup-incremental", "newest-stays")
 def test_old_backups_go_and_what_only_they_named(path: Path, pool: Path, other: Path) -> None:
     write(path, 100)
     for days in (30, 20, 3):
@@ -468,6 +485,7 @@ def test_old_backups_go_and_what_only_they_named(path: Path, pool: Path, other: 
     assert delete_old(target, 0) == 0
 
 
+@pytest.mark.promise("newest-stays")
 def test_the_newest_whole_backup_stays_when_newer_ones_are_not_whole(path: Path, pool: Path) -> None:
     write(path, 100)
     back_up(path, pool)
@@ -485,6 +503,7 @@ def test_the_newest_whole_backup_stays_when_newer_ones_are_not_whole(path: Path,
     assert check_backup(target, new) != []
 
 
+@pytest.mark.promise("newest-stays")
 def test_as_long_as_a_manifest_cannot_be_read_no_object_goes(path: Path, pool: Path) -> None:
     write(path, 10)
     back_up(path, pool)
@@ -501,6 +520,7 @@ def test_as_long_as_a_manifest_cannot_be_read_no_object_goes(path: Path, pool: P
     assert not kept.exists()
 
 
+@pytest.mark.promise("newest-stays")
 def test_a_rotation_that_dies_anywhere_leaves_whole_backups(path: Path, pool: Path) -> None:
     write(path, 10)
     at = 0
@@ -528,6 +548,7 @@ def test_a_rotation_that_dies_anywhere_leaves_whole_backups(path: Path, pool: Pa
     assert at > 3
 
 
+@pytest.mark.promise("lock-holder-named")
 def test_rotation_and_backup_wait_for_each_other(path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, 10)
     back_up(path, pool)
@@ -541,6 +562,7 @@ def test_rotation_and_backup_wait_for_each_other(path: Path, pool: Path, monkeyp
         back_up(path, pool)
 
 
+@pytest.mark.promise("backup-holds-up-nobody")
 def test_a_backup_waits_for_who_removes_segments(path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, 10)
     monkeypatch.setattr("logstore.ops.backup.pool._PATIENCE_S", 0.0)
@@ -589,6 +611,7 @@ def test_the_commands_back_up_list_and_restore(path: Path, pool: Path, other: Pa
     assert contents(other) == {stream: [] for stream in STREAMS}
 
 
+@pytest.mark.promise("errors-are-one-line")
 def test_the_commands_refuse_in_one_line(path: Path, pool: Path, other: Path) -> None:
     assert run("backup", path).exit_code == 1
     write(path, 10)

@@ -17,6 +17,7 @@ from logstore.ops.backup.create import BackupResult
 from logstore.storage import Log
 
 
+@pytest.mark.promise("backup-holds-acknowledged", "backup-nothing-else")
 @pytest.mark.slow
 def test_backups_under_load_hold_what_was_acknowledged(tmp_path: Path) -> None:
     command = [sys.executable, crash.__file__, "backup", "--runs", "2", "--seed", "3", "--folder", str(tmp_path / "f")]
@@ -49,6 +50,7 @@ def test_the_oracle_sees_what_is_wrong(
         BackupCampaign._compare(result, restored, before, found)
 
 
+@pytest.mark.promise("backup-nothing-else")
 @pytest.mark.parametrize("numbers", [(0, 2), (1,), (0, 0), (0, 1, 3, 2)])
 def test_the_oracle_sees_what_is_not_a_prefix(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     async def run() -> None:

@@ -65,6 +65,7 @@ def assert_index_agrees(path: Path) -> None:
 # Retention.
 
 
+@pytest.mark.promise("drops-from-the-beginning", "age")
 def test_what_is_older_than_the_age_goes_and_its_files_with_it(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -80,6 +81,7 @@ def test_what_is_older_than_the_age_goes_and_its_files_with_it(path: Path) -> No
     assert ask(path, "SELECT count(*) FROM events") == [(5,)]
 
 
+@pytest.mark.promise("drops-from-the-beginning")
 def test_of_a_stream_nothing_goes_that_follows_something_that_stays(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -91,6 +93,7 @@ def test_of_a_stream_nothing_goes_that_follows_something_that_stays(path: Path) 
     assert read_ids(path, "a") == writer.ids["a"][5:]
 
 
+@pytest.mark.promise("dropped-is-told")
 def test_a_reader_whose_next_event_was_dropped_is_told_so(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -105,6 +108,7 @@ def test_a_reader_whose_next_event_was_dropped_is_told_so(path: Path) -> None:
         assert view.reader.stream_of(ids[3]) is None
 
 
+@pytest.mark.promise("dropped-is-told")
 def test_a_follower_of_a_stream_that_went_whole_is_told_only_when_it_missed_something(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -115,6 +119,7 @@ def test_a_follower_of_a_stream_that_went_whole_is_told_only_when_it_missed_some
     assert read_ids(path, "a", ids[9]) == []
 
 
+@pytest.mark.promise("count-exact-on-reads")
 def test_by_count_the_newest_stay_and_reads_show_exactly_so_many(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -137,6 +142,7 @@ def test_by_count_the_newest_stay_and_reads_show_exactly_so_many(path: Path) -> 
     assert has_gap(path, "a", writer.ids["a"][18])
 
 
+@pytest.mark.promise("window-and-requests-spared")
 def test_by_count_the_events_of_the_last_minutes_and_unanswered_requests_stay(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -158,6 +164,7 @@ def test_by_count_the_events_of_the_last_minutes_and_unanswered_requests_stay(pa
     asyncio.run(shown())
 
 
+@pytest.mark.promise("window-and-requests-spared")
 def test_by_age_also_unanswered_requests_go(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -166,6 +173,7 @@ def test_by_age_also_unanswered_requests_go(path: Path) -> None:
     assert read_ids(path, "asked") == []
 
 
+@pytest.mark.promise("bytes")
 def test_by_bytes_the_oldest_go_until_the_rest_fits(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -185,6 +193,7 @@ def test_by_bytes_the_oldest_go_until_the_rest_fits(path: Path) -> None:
     assert len(read_ids(path, "asked")) == 20
 
 
+@pytest.mark.promise("window-and-requests-spared")
 def test_by_bytes_young_events_stay_however_many(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -194,6 +203,7 @@ def test_by_bytes_young_events_stay_however_many(path: Path) -> None:
     assert read_ids(path, "a") == writer.ids["a"]
 
 
+@pytest.mark.promise("ended-sessions")
 def test_an_ended_sessions_streams_go_and_no_others(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -211,6 +221,21 @@ def test_an_ended_sessions_streams_go_and_no_others(path: Path) -> None:
     }
 
 
+@pytest.mark.promise("ended-sessions")
+def test_an_ended_sessions_streams_stay_for_ten_minutes(path: Path) -> None:
+    with opened(path) as store:
+        writer = Writer(store)
+        now_us = time.time_ns() // 1000
+        for key, ended_s in (("long ago", 660), ("just now", 540)):
+            store.registry.open_session(key, store.lane.incarnation, now_us - 7_200_000_000, b"", f"{key}/")
+            store.registry.end_session(key, store.lane.incarnation, now_us - ended_s * 1_000_000)
+        writer.write(("long ago/1", "just now/1"), 5, age_h=1)
+        store.copy_sessions()
+        compact(store, Retention())
+    assert {stream: len(read_ids(path, stream)) for stream in writer.ids} == {"long ago/1": 0, "just now/1": 5}
+
+
+@pytest.mark.promise("dry-run")
 def test_a_dry_run_says_what_would_go_and_changes_nothing(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -242,6 +267,7 @@ def test_small_segments_come_together_and_a_grown_stream_gets_its_own(path: Path
     assert run(path).moved_events == 0
 
 
+@pytest.mark.promise("age")
 def test_a_half_dead_segment_is_written_anew(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -307,6 +333,7 @@ def test_damaged_events_stay_where_they_are(path: Path) -> None:
         assert [event.id for event in view.read("young", 0, 100)] == writer.ids["young"][:9]
 
 
+@pytest.mark.promise("one-does-the-work")
 def test_only_one_compacts_at_a_time(path: Path) -> None:
     with opened(path) as store, opened(path) as other:
         held = store.compaction_lock()
@@ -315,6 +342,7 @@ def test_only_one_compacts_at_a_time(path: Path) -> None:
             compact(other, Retention())
 
 
+@pytest.mark.promise("backup-holds-up-nobody")
 def test_a_backup_under_way_keeps_the_files_but_not_the_events(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -359,6 +387,7 @@ class Moving(Disk):
         return super().open(path, write=write, create=create)
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 def test_a_read_that_is_overtaken_by_compaction_finds_the_events_at_their_new_place(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -371,6 +400,7 @@ def test_a_read_that_is_overtaken_by_compaction_finds_the_events_at_their_new_pl
         assert not disk.before_open
 
 
+@pytest.mark.promise("dropped-is-told")
 def test_a_read_that_is_overtaken_by_retention_is_told_of_the_gap(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -391,6 +421,7 @@ def fill_for_faults(path: Path) -> Writer:
     return writer
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 @pytest.mark.parametrize("kind", ["create", "write", "sync", "rename", "sync_folder", "unlink"])
 def test_after_a_fault_at_any_moment_everything_is_there_once_and_the_next_pass_ends_the_work(
     path: Path, kind: str, tmp_path: Path
@@ -422,6 +453,7 @@ def test_after_a_fault_at_any_moment_everything_is_there_once_and_the_next_pass_
     assert at > 1
 
 
+@pytest.mark.promise("catalogue-is-derived")
 def test_an_index_that_is_lost_after_compaction_is_made_again_whole(path: Path) -> None:
     writer = fill_for_faults(path)
     run(path, max_age_s=DAY_S)

@@ -27,11 +27,13 @@ def run_some(campaign: DamageCampaign, count: int) -> None:
         campaign.run(number)
 
 
+@pytest.mark.promise("nothing-wrong-is-served", "verify-finds-all", "damage-no-traceback")
 def test_damages_are_reported_and_nothing_wrong_is_served(campaign: DamageCampaign) -> None:
     run_some(campaign, 25)
     assert campaign.figures["changed content and were reported"] == campaign.figures["changed content"] > 10
 
 
+@pytest.mark.promise("verify-finds-all")
 def test_it_sees_damage_that_is_not_reported(campaign: DamageCampaign, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DamageCampaign, "_verify", lambda *_, **__: (True, None))
     with pytest.raises(BrokenPromiseError, match="verify is content, but"):

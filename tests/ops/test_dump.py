@@ -81,6 +81,7 @@ def test_a_segment_shows_every_event(segment: Path) -> None:
     assert covers(segment, [header, *events])
 
 
+@pytest.mark.promise("dump-shows-all")
 def test_what_is_behind_damage_is_shown(segment: Path) -> None:
     place = HEADER_BYTES + len(frame(1)) + 12
     change(segment, place, b"\xff")
@@ -96,6 +97,7 @@ def test_what_is_behind_damage_is_shown(segment: Path) -> None:
     assert covers(segment, records)
 
 
+@pytest.mark.promise("dump-shows-all")
 def test_a_damaged_header_hides_nothing(segment: Path, journal: Path) -> None:
     for path in (segment, journal):
         whole = shown(path)
@@ -123,6 +125,7 @@ def test_a_journal_shows_batches_events_and_the_zeros_between(journal: Path) -> 
     assert records[1].offset == PAGE_BYTES
 
 
+@pytest.mark.promise("dump-shows-all")
 def test_a_damaged_batch_shows_the_events_that_are_whole(journal: Path) -> None:
     change(journal, PAGE_BYTES + BATCH_HEADER_BYTES + 10, b"\xff")
     assert shown(journal)[1:5] == [("batch", False), ("damage", False), ("event", True), ("zeros", True)]
@@ -153,6 +156,7 @@ def test_events_larger_than_the_window_are_shown(tmp_path: Path) -> None:
     assert shown(path) == [("header", True), ("damage", False), ("event", True), ("event", True)]
 
 
+@pytest.mark.promise("damage-no-traceback")
 def test_any_bytes_end_in_records_or_a_clear_error(tmp_path: Path) -> None:
     for name in ("1.segment", "0000000001.journal", "registry.log"):
         for size in (0, 1, 50, 5000):

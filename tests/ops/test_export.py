@@ -96,6 +96,7 @@ async def log(tmp_path: Path) -> AsyncIterator[Log]:
         yield opened
 
 
+@pytest.mark.promise("export-says-what-is-missing")
 @pytest.mark.parametrize(("payload", "flags"), PAYLOADS)
 def test_every_event_comes_back_from_json_as_it_was(payload: bytes, flags: int) -> None:
     event = Event(5 << 30, 4, 1_700_000_000_000_001, "s/é ", flags, payload)
@@ -110,6 +111,7 @@ def test_any_payload_with_any_flags_comes_back_from_json(payload: bytes, flags: 
     assert read_event(write_event(event)) == event
 
 
+@pytest.mark.promise("export-says-what-is-missing")
 @pytest.mark.parametrize("form", ["json", "ndjson"])
 async def test_events_in_journals_and_segments_are_exported_in_order(tmp_path: Path, form: str) -> None:
     path, target = tmp_path / "events.db", tmp_path / "out"
@@ -223,6 +225,7 @@ def damage(path: Path, *events: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.promise("export-says-what-is-missing")
 @pytest.mark.parametrize("bad", [[0], [7], [99], [3, 4, 50], list(range(100))])
 async def test_what_lies_around_damage_is_exported_and_what_is_missing_counted(tmp_path: Path, bad: list[int]) -> None:
     path = tmp_path / "events.db"
@@ -240,6 +243,7 @@ async def test_what_lies_around_damage_is_exported_and_what_is_missing_counted(t
     assert json.loads(out.getvalue().splitlines()[-1])["gaps"][0]["missing"] == len(bad)
 
 
+@pytest.mark.promise("export-says-what-is-missing")
 async def test_a_lost_segment_is_a_gap_and_the_rest_is_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,6 +306,7 @@ async def test_a_stream_that_grows_as_fast_as_it_is_read_has_an_end(log: Log) ->
     assert found == [event.event_id for event in await read_all(log, "s")][: len(found)]
 
 
+@pytest.mark.promise("look-changes-nothing")
 async def test_nothing_of_the_store_is_changed(tmp_path: Path) -> None:
     path = tmp_path / "store" / "events.db"
     await fill(path, 3, 100)
@@ -315,6 +320,7 @@ async def test_nothing_of_the_store_is_changed(tmp_path: Path) -> None:
     assert snapshot() == before
 
 
+@pytest.mark.promise("files-are-private", "export-whole-or-absent")
 async def test_a_file_is_private_and_in_place_only_when_it_is_whole(tmp_path: Path) -> None:
     path, target = tmp_path / "events.db", tmp_path / "out.json"
     await fill(path, 1, 10)
@@ -369,6 +375,7 @@ async def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+@pytest.mark.promise("transfer-memory")
 @pytest.mark.slow
 async def test_memory_does_not_grow_with_the_number_of_events(tmp_path: Path) -> None:
     class Nowhere(io.BytesIO):

@@ -57,6 +57,7 @@ def fill_up(path: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.promise("catches-up", "full-disk-retention")
 async def test_reads_retention_and_verify_work_on_a_full_disk_and_the_store_catches_up(path: Path) -> None:
     async with deadline(60), Log(path, small(segment_bytes=1 << 20, volatile_bytes=8 << 20)) as log:
         await log.append("s", b"first")
@@ -86,6 +87,7 @@ async def test_reads_retention_and_verify_work_on_a_full_disk_and_the_store_catc
     assert 0 < len(events) < len(ids)
 
 
+@pytest.mark.promise("full-disk-retention")
 async def test_a_closed_store_on_a_full_disk_can_be_compacted(path: Path) -> None:
     async with deadline(60), Log(path, small(segment_bytes=1 << 20)) as log:
         await log.append("s", b"first")

@@ -83,6 +83,7 @@ def some(count: int, stream: str = "s", first: int = 1) -> list[Event]:
 # Events of a store like this one.
 
 
+@pytest.mark.promise("import-keeps-events")
 @pytest.mark.parametrize("form", ["json", "ndjson"])
 async def test_a_store_is_moved_event_by_event(tmp_path: Path, form: str) -> None:
     old, new, file = tmp_path / "old.db", tmp_path / "new" / "events.db", tmp_path / "file"
@@ -123,6 +124,7 @@ async def test_an_export_that_other_programs_laid_out_anew_is_the_same(tmp_path:
         assert json.loads(one.payload) == json.loads(other.payload)
 
 
+@pytest.mark.promise("work-while-open")
 async def test_an_export_comes_back_into_its_own_store_while_that_is_open(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     await fill(path, 2, 20)
@@ -137,6 +139,7 @@ async def test_an_export_comes_back_into_its_own_store_while_that_is_open(tmp_pa
     assert len(contents(path)) == 21
 
 
+@pytest.mark.promise("import-keeps-events")
 @pytest.mark.parametrize("page", [1, 3, 1000])
 async def test_events_that_come_between_others_are_read_in_order(tmp_path: Path, page: int) -> None:
     path = tmp_path / "events.db"
@@ -154,6 +157,7 @@ async def test_events_that_come_between_others_are_read_in_order(tmp_path: Path,
         assert await log.stream_of(events[30].event_id) == "s"
 
 
+@pytest.mark.promise("import-conflicts")
 async def test_other_content_under_the_same_id_is_a_conflict(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     one, two, three = some(3)
@@ -174,6 +178,7 @@ async def test_other_content_under_the_same_id_is_a_conflict(tmp_path: Path) -> 
     assert contents(path) == [one, two, three]
 
 
+@pytest.mark.promise("import-conflicts")
 def test_the_same_id_twice_in_one_file(tmp_path: Path) -> None:
     one, other = some(1)[0], Event(1 << 30, 0, 1_600_000_000_000_000, "s", 0, b'{"other":1}')
     for path in (tmp_path / "new.db", tmp_path / "new.db"):
@@ -182,6 +187,7 @@ def test_the_same_id_twice_in_one_file(tmp_path: Path) -> None:
     assert contents(tmp_path / "new.db") == [one]
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 def test_events_that_retention_dropped_stay_away(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     events = some(10)
@@ -213,6 +219,7 @@ async def test_ids_of_a_time_to_come_are_refused_while_others_could_draw_them(tm
     assert imported(path, ndjson(far)).invalid_count == 1
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_no_later_opening_can_draw_an_imported_id_even_if_the_index_is_lost(tmp_path: Path) -> None:
     disk = FaultyDisk()
     soon = later(0, time.time_ns() // 1_000_000 + 3_600_000)
@@ -275,6 +282,7 @@ def as_members(row: tuple[str, str, str, str]) -> dict[str, Any]:
     return {"event_id": row[0], "stream_id": row[1], "message": json.loads(row[2]), "timestamp": row[3]}
 
 
+@pytest.mark.promise("import-once", "import-foreign")
 def test_the_original_s_database_is_imported_once_from_wherever_it_lies(tmp_path: Path) -> None:
     path, old, copy = tmp_path / "events.db", tmp_path / "old.db", tmp_path / "copy.db"
     original(old, ROWS)
@@ -315,6 +323,7 @@ def layouts() -> Iterator[str]:
     yield json.dumps(texts)
 
 
+@pytest.mark.promise("import-foreign")
 @pytest.mark.parametrize("layout", range(len(list(layouts()))))
 def test_the_original_s_json_is_imported_and_is_the_same_as_its_database(tmp_path: Path, layout: int) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
@@ -335,6 +344,7 @@ def test_two_databases_that_number_their_events_alike_do_not_hide_each_other(tmp
     assert [message for _, _, message in messages(path)] == [{"method": "m0"}, {"method": "m1"}]
 
 
+@pytest.mark.promise("import-foreign")
 @pytest.mark.parametrize("compression", [None, "gzip"])
 async def test_a_database_of_mcp_persist_is_imported_once(tmp_path: Path, compression: str | None) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
@@ -375,6 +385,7 @@ def test_what_mcp_persist_compressed_or_encrypted_otherwise_is_listed(tmp_path: 
     assert messages(path) == [("s", 1_500_000, {"x": 1})]
 
 
+@pytest.mark.promise("import-once")
 def test_importing_twice_adds_nothing_when_the_catalogue_was_lost_between(tmp_path: Path) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
     original(old, ROWS)
@@ -406,6 +417,7 @@ def test_where_an_event_came_from_is_noted_before_the_event_is_there(tmp_path: P
     assert counts() == (4, 4)
 
 
+@pytest.mark.promise("import-once")
 def test_two_who_import_the_same_at_once_add_it_once(tmp_path: Path) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
     original(old, [(f"e{each}", f"s{each % 3}", '{"method":"m"}', 1.5 + each) for each in range(12_000)])
@@ -420,6 +432,7 @@ def test_two_who_import_the_same_at_once_add_it_once(tmp_path: Path) -> None:
     assert len(contents(path)) == 12_000
 
 
+@pytest.mark.promise("work-while-open")
 async def test_whoever_has_the_store_open_sees_what_was_imported(tmp_path: Path) -> None:
     path, old = tmp_path / "events.db", tmp_path / "old.db"
     original(old, ROWS)
@@ -466,6 +479,7 @@ BAD_MEMBERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.promise("import-lists-what-is-none")
 @pytest.mark.parametrize(("members", "reason"), BAD_MEMBERS)
 def test_an_event_that_is_none_is_listed_and_the_others_are_added(
     tmp_path: Path, members: dict[str, Any], reason: str
@@ -478,6 +492,7 @@ def test_an_event_that_is_none_is_listed_and_the_others_are_added(
     assert reason in result.invalid[0].reason
 
 
+@pytest.mark.promise("import-lists-what-is-none")
 @pytest.mark.parametrize(
     "bad",
     [
@@ -513,6 +528,7 @@ def test_a_foreign_event_that_is_none_is_listed_and_the_others_are_added(tmp_pat
     assert messages(tmp_path / "events.db") == MESSAGES[:1]
 
 
+@pytest.mark.promise("import-lists-what-is-none")
 @pytest.mark.parametrize(
     "text",
     [
@@ -547,6 +563,7 @@ def test_a_file_that_does_not_even_begin_is_refused_and_no_store_is_made(tmp_pat
     assert len(result.output) < 500
 
 
+@pytest.mark.promise("import-lists-what-is-none")
 def test_a_file_that_breaks_off_is_imported_up_to_there_and_after_mending_whole(tmp_path: Path) -> None:
     events = some(3)
     for number, whole in enumerate((ndjson(*events), b'{"events":[\n' + ndjson(*events)[44:-24] + b"\n]}")):
@@ -652,6 +669,7 @@ def calls_of_opening(path: Path) -> int:
     return calls
 
 
+@pytest.mark.promise("import-once")
 @pytest.mark.parametrize("once", [True, False])
 def test_after_a_disk_that_failed_importing_again_adds_the_rest(tmp_path: Path, once: bool) -> None:
     for source in sources(tmp_path):
@@ -692,6 +710,7 @@ print("done")
 """
 
 
+@pytest.mark.promise("import-once")
 @pytest.mark.slow
 def test_after_a_death_at_any_call_importing_again_adds_the_rest(tmp_path: Path) -> None:
     for source in sources(tmp_path):
@@ -727,6 +746,7 @@ def test_each_batch_is_durable_before_the_index_has_it(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.promise("transfer-memory")
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_events(tmp_path: Path) -> None:
     class Made(io.RawIOBase):
@@ -782,6 +802,7 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.promise("shown-escaped")
 def test_the_command_exits_with_1_when_something_was_left_out(tmp_path: Path) -> None:
     path, file = tmp_path / "events.db", tmp_path / "file"
     one, two = some(2)

@@ -62,6 +62,7 @@ async def again_and_again(work: Callable[[], Awaitable[object]], done: asyncio.E
     return times + 1
 
 
+@pytest.mark.promise("compaction-changes-nothing", "backup-holds-acknowledged", "work-while-open")
 async def test_compaction_and_backups_while_others_write_and_follow(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     target = FolderTarget(tmp_path / "backups")
@@ -107,6 +108,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 async def test_another_process_follows_through_compaction(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     done = asyncio.Event()
@@ -124,6 +126,7 @@ async def test_another_process_follows_through_compaction(tmp_path: Path) -> Non
             await compacting
 
 
+@pytest.mark.promise("maintenance-by-itself")
 async def test_closing_waits_for_work_under_way_and_ends_it_early(tmp_path: Path) -> None:
     log = Log(tmp_path / "events.db", small())
     await log.append("a", b"x")

@@ -133,6 +133,7 @@ class Interposed(KnownFiles):
 # A pass and its commits.
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 @pytest.mark.parametrize("error", [sqlite3.OperationalError, KeyboardInterrupt])
 def test_an_error_behind_the_commit_that_moved_events_costs_none(
     path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -154,6 +155,7 @@ def test_an_error_behind_the_commit_that_moved_events_costs_none(
     assert {stream: read_ids(path, stream) for stream in "ab"} == writer.ids
 
 
+@pytest.mark.promise("compaction-room")
 def test_a_pass_holds_only_so_much_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(Disk):
         most = 0
@@ -210,6 +212,7 @@ def test_a_segment_without_its_file_keeps_no_other_from_being_compacted(path: Pa
 # Segments that somebody still writes.
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 async def test_what_is_appended_after_somebody_reindexed_and_compacted_stays(path: Path) -> None:
     async with deadline(), Log(path, small(segment_bytes=8 * MIB)) as log:
         await log.append_many([("s", b"x" * 1000, 0)] * OWN_FILE)
@@ -233,6 +236,7 @@ def test_who_reindexes_writes_no_further_what_the_new_index_has_as_sealed(path: 
     assert read_ids(path, "a") == writer.ids["a"][-10:]
 
 
+@pytest.mark.promise("compaction-changes-nothing")
 async def test_what_an_opening_store_adopts_is_not_compacted_away_from_under_it(path: Path) -> None:
     class Opening(Interposed):
         def write(self, fd: int, data: bytes, offset: int) -> None:
@@ -251,6 +255,7 @@ async def test_what_an_opening_store_adopts_is_not_compacted_away_from_under_it(
     assert read_ids(path, "s")[-10:] == [int(each) for each in new]
 
 
+@pytest.mark.promise("dead-adopted")
 async def test_a_lane_is_adopted_into_the_index_that_was_made_meanwhile(path: Path) -> None:
     class Adopting(Interposed):
         def lock(self, path: Path, *, shared: bool = False, wait: bool = False, create: bool = True) -> Lock | None:
@@ -303,6 +308,7 @@ async def test_what_a_failed_checkpoint_wrote_and_another_process_indexed_is_not
 # What retention drops, and what it hides.
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 @pytest.mark.parametrize("reindexed", [False, True])
 def test_a_stream_is_on_record_as_long_as_a_pack_holds_what_was_dropped_of_it(path: Path, reindexed: bool) -> None:
     with opened(path) as store:
@@ -323,6 +329,7 @@ def test_a_stream_is_on_record_as_long_as_a_pack_holds_what_was_dropped_of_it(pa
     assert read_ids(path, "gone") == []
 
 
+@pytest.mark.promise("window-and-requests-spared")
 def test_a_limit_in_events_drops_none_that_a_client_may_still_ask_for(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -336,6 +343,7 @@ def test_a_limit_in_events_drops_none_that_a_client_may_still_ask_for(path: Path
     assert_well(path)
 
 
+@pytest.mark.promise("count-exact-on-reads")
 async def test_no_more_is_shown_than_the_limit_though_a_run_ends_with_young_events(path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -344,6 +352,7 @@ async def test_no_more_is_shown_than_the_limit_though_a_run_ends_with_young_even
         assert [each.id for each in await log.read("a")] == writer.ids["a"][-20:]
 
 
+@pytest.mark.promise("verify-no-false-alarm")
 def test_a_store_that_begins_after_what_retention_dropped_is_well_after_its_import(path: Path, tmp_path: Path) -> None:
     with opened(path) as store:
         writer = Writer(store)
@@ -359,6 +368,7 @@ def test_a_store_that_begins_after_what_retention_dropped_is_well_after_its_impo
 # Rounds of maintenance.
 
 
+@pytest.mark.promise("maintenance-by-itself")
 async def test_retention_goes_on_while_idle_segments_cannot_be_sealed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +387,7 @@ async def test_retention_goes_on_while_idle_segments_cannot_be_sealed(
     assert segment_files(path) == []
 
 
+@pytest.mark.promise("one-does-the-work")
 def test_a_backup_is_made_by_one_of_the_processes_that_find_it_due(path: Path) -> None:
     class BackingUp(Interposed):
         def create(self, path: Path) -> int:
@@ -407,6 +418,7 @@ def test_a_round_without_a_backup_keeps_nobody_out_of_the_backups(path: Path) ->
 # Damage.
 
 
+@pytest.mark.promise("rot-copied-again")
 def test_an_object_that_has_rotted_is_copied_again_within_a_week(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +440,7 @@ def test_an_object_that_has_rotted_is_copied_again_within_a_week(
     assert read_ids(restored, "a") == writer.ids["a"]
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_repair_saves_what_lies_around_a_sector_that_cannot_be_read(path: Path) -> None:
     class BadSector(KnownFiles):
         def read(self, fd: int, length: int, offset: int) -> bytes:

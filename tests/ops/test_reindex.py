@@ -64,6 +64,7 @@ def put_back(path: Path) -> None:
     shutil.copy(path.with_name("earlier"), path)
 
 
+@pytest.mark.promise("reindex-whole")
 @pytest.mark.parametrize("harm", [remove, damage, lose_rows, put_back, lambda path: None])
 async def test_the_catalogue_is_whole_again(path: Path, harm: Callable[[Path], None]) -> None:
     async with Log(path, small()) as log:
@@ -116,6 +117,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.promise("work-while-open", "reindex-whole")
 async def test_who_follows_in_another_process_sees_no_gap_and_no_error(path: Path) -> None:
     turns, each = 5, 40
     async with deadline(), Log(path, small()) as log:
@@ -220,6 +222,7 @@ for turn, path in enumerate(sys.argv[3:]):
 """
 
 
+@pytest.mark.promise("reindex-whole")
 @pytest.mark.slow
 async def test_a_death_at_any_call_loses_nothing(path: Path, tmp_path: Path) -> None:
     async with Log(path, small()) as log:

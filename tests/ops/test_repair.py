@@ -68,6 +68,7 @@ def test_a_store_that_is_whole_is_left_alone(store: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in store.parent.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_the_whole_events_of_a_damaged_segment_stay_and_the_lost_one_is_on_record(store: Path) -> None:
     whole = read(store)
     path, offset, lost = middle_of_grown(store)
@@ -102,6 +103,7 @@ def test_the_whole_events_of_a_damaged_segment_stay_and_the_lost_one_is_on_recor
     assert (report.findings, [each.event_ids for each in report.known]) == ([], [(lost,)])
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_a_segment_that_is_gone_is_on_record_with_all_its_events(store: Path) -> None:
     path = segments(store)[0]
     (count,) = ask(store, "select count(*) from events where segment_id = ?", int(path.stem))[0]
@@ -111,6 +113,7 @@ def test_a_segment_that_is_gone_is_on_record_with_all_its_events(store: Path) ->
     assert [each.events for each in done.lost] == [count]
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_it_may_be_cut_short_at_any_change_to_the_disk(original: Path, tmp_path: Path) -> None:
     damaged = copied(original, tmp_path / "damaged")
     path, offset, lost = middle_of_grown(damaged)
@@ -157,6 +160,7 @@ class _DyingDisk(FaultyDisk):
         return Fault(kind) if self._changes >= self._at else None
 
 
+@pytest.mark.promise("repair-loses-nothing")
 @pytest.mark.parametrize("place", ["first entry", "header", "gone"])
 def test_a_registry_keeps_the_sessions_that_are_whole(store: Path, place: str) -> None:
     path = log_of(store) / "registry.log"
@@ -219,6 +223,7 @@ def test_an_index_that_disagrees_is_made_again_and_loses_nothing(store: Path, sq
     assert read(store) == whole
 
 
+@pytest.mark.promise("work-while-open")
 async def test_a_damaged_segment_is_replaced_while_the_store_is_in_use(store: Path) -> None:
     async with deadline(), Log(store, small()) as log:
         path, offset, _ = middle_of_grown(store)
@@ -234,6 +239,7 @@ async def test_a_damaged_segment_is_replaced_while_the_store_is_in_use(store: Pa
         assert verify(store).findings == []
 
 
+@pytest.mark.promise("lock-holder-named")
 async def test_a_segment_that_a_process_still_writes_is_left_to_it(tmp_path: Path) -> None:
     store = tmp_path / "events.db"
     async with deadline(), Log(store, small(segment_bytes=64 << 20)) as log:
@@ -284,6 +290,7 @@ def test_what_a_lane_keeps_beside_its_journals_is_mended(store: Path) -> None:
     assert repair(store).report.findings == []
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_a_damaged_object_of_a_backup_is_set_aside_and_the_next_backup_makes_it_again(store: Path) -> None:
     folder = default_backups(store)
 
@@ -330,6 +337,7 @@ async def test_a_store_that_lost_its_registry_before_its_first_segment_keeps_its
         assert await payloads(log, "new") == [b"payload"]
 
 
+@pytest.mark.promise("damage-is-told")
 def test_damage_to_what_a_killed_process_had_shown_and_not_synced_is_no_torn_write(store: Path) -> None:
     lane = DeadLane(store)
     lane.write("new", b"first one")

@@ -107,6 +107,7 @@ def test_a_backup_takes_the_place_of_a_closed_store(path: Path, pool: Path) -> N
     assert not {"restoring", "replaced", "replacing"} & {file.name for file in (path.parent / "events-log").iterdir()}
 
 
+@pytest.mark.promise("restore-old-or-new")
 def test_the_write_ahead_log_of_the_old_catalogue_does_not_pass_for_the_new_ones(
     path: Path, pool: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_restored_store_is_written_on(path: Path, pool: Path) -> None:
         assert [event_id for event_id, _ in after[stream]] == sorted({event_id for event_id, _ in after[stream]})
 
 
+@pytest.mark.promise("sessions-restored")
 async def test_sessions_come_back(path: Path, pool: Path, tmp_path: Path) -> None:
     await asyncio.to_thread(write, path, 1)
     await asyncio.to_thread(in_journals, path, pool)
@@ -153,6 +155,7 @@ async def test_sessions_come_back(path: Path, pool: Path, tmp_path: Path) -> Non
         assert taken.incarnation != session.incarnation
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_no_id_of_the_replaced_store_is_given_out_again(path: Path, pool: Path) -> None:
     """Its clock may have been ahead of the one that the restored store sees."""
     write(path, 1)
@@ -167,6 +170,7 @@ def test_no_id_of_the_replaced_store_is_given_out_again(path: Path, pool: Path) 
     assert min(events[-1][0] for events in contents(path).values()) > ahead.event_id
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_no_id_of_the_backed_up_store_is_given_out_again(path: Path, pool: Path, tmp_path: Path) -> None:
     write(path, 1)
     lane = path.parent / "events-log" / "lanes" / "0007"
@@ -180,6 +184,7 @@ def test_no_id_of_the_backed_up_store_is_given_out_again(path: Path, pool: Path,
     assert min(events[-1][0] for events in contents(other).values()) > ahead.event_id
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 def test_what_retention_dropped_stays_dropped(path: Path, pool: Path, tmp_path: Path) -> None:
     write(path, 30)
     before = contents(path)
@@ -199,6 +204,7 @@ def test_what_retention_dropped_stays_dropped(path: Path, pool: Path, tmp_path: 
 # What it refuses.
 
 
+@pytest.mark.promise("restore-refused-while-open")
 def test_an_open_store_is_not_replaced_and_its_process_is_named(path: Path, pool: Path) -> None:
     write(path, 10)
     back_up(path, pool)
@@ -222,6 +228,7 @@ sys.stdin.readline()
     asyncio.run(run())
 
 
+@pytest.mark.promise("backup-verifies")
 @pytest.mark.parametrize("kind", ["segment", "journal", "registry"])
 @pytest.mark.parametrize("how", ["gone", "short", "changed"])
 def test_a_damaged_backup_is_refused_and_the_store_is_as_it_was(path: Path, pool: Path, kind: str, how: str) -> None:
@@ -243,6 +250,7 @@ def test_a_damaged_backup_is_refused_and_the_store_is_as_it_was(path: Path, pool
     assert snapshot(path.parent) == before
 
 
+@pytest.mark.promise("names-are-no-paths")
 def test_a_manifest_that_names_other_places_is_refused(path: Path, pool: Path, tmp_path: Path) -> None:
     """Its checksum shows accidents; whoever made it up can compute one."""
     write(path, 1)
@@ -255,6 +263,7 @@ def test_a_manifest_that_names_other_places_is_refused(path: Path, pool: Path, t
         restore(backup, tmp_path / "other" / "events.db")
 
 
+@pytest.mark.promise("backup-verifies")
 def test_the_backup_of_fewer_events_than_it_says_is_refused(
     path: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +274,7 @@ def test_the_backup_of_fewer_events_than_it_says_is_refused(
         restore(pool, tmp_path / "other" / "events.db")
 
 
+@pytest.mark.promise("foreign-file-untouched")
 def test_a_place_that_is_no_store_is_refused(path: Path, pool: Path, tmp_path: Path) -> None:
     write(path, 1)
     back_up(path, pool)
@@ -309,6 +319,7 @@ def try_restore(folder: Path, path: Path, disk: Disk) -> RestoreResult | Logstor
         return error
 
 
+@pytest.mark.promise("restore-old-or-new")
 @pytest.mark.parametrize(
     ("start", "step", "once"),
     [(1, 3, False), (2, 3, False), (3, 3, False), (1, 7, True)],
@@ -363,6 +374,7 @@ def interrupted(folder: Path, path: Path, after_marker: int, *, once: bool = Fal
     return disk
 
 
+@pytest.mark.promise("restore-old-or-new")
 def test_what_was_decided_is_not_undone_when_the_disk_fails_at_that_moment(
     prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
@@ -373,6 +385,7 @@ def test_what_was_decided_is_not_undone_when_the_disk_fails_at_that_moment(
     assert contents(path) == new
 
 
+@pytest.mark.promise("restore-old-or-new")
 def test_an_interrupted_restore_is_finished_by_the_next_restore_too(
     prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
@@ -382,6 +395,7 @@ def test_an_interrupted_restore_is_finished_by_the_next_restore_too(
     assert contents(path) == new
 
 
+@pytest.mark.promise("restore-old-or-new")
 def test_processes_that_open_an_interrupted_restore_at_once_see_one_store(
     prepared: tuple[Path, Contents, Contents], path: Path
 ) -> None:
@@ -449,6 +463,7 @@ def restored_ids(pool: Path, other: Path, until: datetime) -> dict[str, list[int
     return asyncio.run(run())
 
 
+@pytest.mark.promise("restore-until")
 def test_of_each_stream_a_prefix_is_restored_up_to_a_moment(path: Path, pool: Path, tmp_path: Path) -> None:
     early = events_at(path, "early", [NOON_US - 2, NOON_US - 1, NOON_US])
     both = events_at(path, "both", [NOON_US, NOON_US + 1, NOON_US - 5])
@@ -475,6 +490,7 @@ def test_segments_before_the_moment_are_copied_as_they_are(path: Path, pool: Pat
     assert digests(other) != digests(path)
 
 
+@pytest.mark.promise("restore-until")
 def test_journals_are_cut_off_at_a_moment_too(path: Path, pool: Path, tmp_path: Path) -> None:
     with opened(path) as store:
         ids = journalled(store, "stream", [[NOON_US - 2, NOON_US - 1], [NOON_US, NOON_US + 1], [NOON_US + 2]])

@@ -33,6 +33,7 @@ def state(store: OpenStore) -> str:
     return str(summary)
 
 
+@pytest.mark.promise("damage-found-unasked")
 def test_a_step_reads_no_more_than_it_may_and_a_restart_goes_on(store: OpenStore) -> None:
     sizes = [size for (size,) in ask(store.catalogue.path, "select bytes from segments order by segment_id")]
     scrub = Scrub(store)
@@ -53,6 +54,7 @@ def test_a_step_reads_no_more_than_it_may_and_a_restart_goes_on(store: OpenStore
     scrub.close()
 
 
+@pytest.mark.promise("damage-found-unasked")
 def test_damage_is_told_once_and_is_on_record(
     store: OpenStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.promise("work-while-open", "statistics-exact")
 async def test_events_in_journals_count_and_those_that_a_checkpoint_moves_count_once(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path, small(checkpoint_interval_s=0.05)) as log, deadline():
@@ -131,6 +132,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.promise("statistics-exact")
 async def test_a_killed_process_is_told_as_dead_and_its_events_count(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     with process(HOLD, path) as holder:
@@ -167,6 +169,7 @@ def say(path: Path, **changes: object) -> None:
     file.write_bytes(msgspec.json.encode({**figures, **changes}))
 
 
+@pytest.mark.promise("statistics-exact")
 @pytest.mark.parametrize("status", ["degraded", "failed"])
 async def test_the_store_is_as_well_as_its_processes(tmp_path: Path, status: str) -> None:
     path = tmp_path / "events.db"
@@ -179,6 +182,7 @@ async def test_the_store_is_as_well_as_its_processes(tmp_path: Path, status: str
         assert found.processes[0].since == "1970-01-01T00:00:01.000000+00:00"
 
 
+@pytest.mark.promise("statistics-exact")
 async def test_a_process_that_says_nothing_any_more_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path), deadline():
@@ -236,6 +240,7 @@ async def test_sessions_count_as_open_and_ended(tmp_path: Path) -> None:
     assert (sessions.open, sessions.ended) == (2, 1)
 
 
+@pytest.mark.promise("look-changes-nothing")
 async def test_a_look_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     with process(HOLD, path) as holder:
@@ -253,6 +258,7 @@ def test_no_store_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("ids-are-text")
 async def test_all_of_it_is_json_with_ids_as_text(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path) as log:

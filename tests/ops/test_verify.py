@@ -49,6 +49,7 @@ def kinds(path: Path, *, quick: bool = False) -> set[str]:
     return {finding.kind for finding in found(path, quick=quick)}
 
 
+@pytest.mark.promise("verify-writes-nothing", "look-changes-nothing")
 def test_a_whole_store_is_well_every_byte_of_it_is_read_and_nothing_is_written(store: Path) -> None:
     lane = DeadLane(store)
     lane.write("in a journal", b"payload")
@@ -67,6 +68,7 @@ def test_a_place_without_a_store_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "events.db")
 
 
+@pytest.mark.promise("verify-finds-all")
 def test_a_flipped_bit_is_told_with_file_offset_and_event(store: Path) -> None:
     place = ask(store, "select event_id, offset, length, file from events join segments using (segment_id)")[70]
     event_id, offset, length, file = place
@@ -79,6 +81,7 @@ def test_a_flipped_bit_is_told_with_file_offset_and_event(store: Path) -> None:
     assert found(store, quick=True) == []
 
 
+@pytest.mark.promise("verify-finds-all")
 @pytest.mark.parametrize(
     ("damage", "quick"), [("truncated", True), ("garbage", True), ("gone", True), ("header", True), ("zeros", False)]
 )
@@ -113,6 +116,7 @@ def test_segments_that_changed_places_are_told(store: Path) -> None:
     assert kinds(store, quick=True) == {"damage"}
 
 
+@pytest.mark.promise("verify-finds-all")
 @pytest.mark.parametrize(
     "sql",
     [
@@ -171,6 +175,7 @@ def test_another_event_under_the_same_id_is_told(store: Path) -> None:
     assert "conflict" in kinds(store)
 
 
+@pytest.mark.promise("verify-finds-all")
 def test_a_predecessor_that_is_nowhere_is_told(store: Path) -> None:
     lane = DeadLane(store)
     before = lane.write("new", b"first")
@@ -183,6 +188,7 @@ def test_a_predecessor_that_is_nowhere_is_told(store: Path) -> None:
     assert str(follower) in finding.reason
 
 
+@pytest.mark.promise("torn-is-no-damage")
 def test_a_damaged_journal_is_told_and_a_torn_write_is_not(store: Path) -> None:
     lane = DeadLane(store)
     for number in range(5):
@@ -216,6 +222,7 @@ def test_a_journal_that_the_index_is_done_with_and_does_not_have_is_told(store: 
     assert (finding.kind, finding.streams) == ("index", ("new",))
 
 
+@pytest.mark.promise("verify-finds-all")
 @pytest.mark.parametrize("damage", ["middle", "end", "header", "gone"])
 def test_a_damaged_registry_is_told(store: Path, damage: str) -> None:
     path = log_of(store) / "registry.log"
@@ -247,6 +254,7 @@ def test_without_a_catalogue_the_log_is_read_all_the_same(store: Path) -> None:
     assert kinds(store) == {"catalogue", "damage"}
 
 
+@pytest.mark.promise("verify-finds-all")
 def test_a_damaged_page_of_the_catalogue_is_told(store: Path) -> None:
     with contextlib.closing(sqlite3.connect(store)) as connection:
         connection.execute("pragma journal_mode = delete")
@@ -259,6 +267,7 @@ def test_a_damaged_page_of_the_catalogue_is_told(store: Path) -> None:
     assert found(store) == []
 
 
+@pytest.mark.promise("verify-finds-all")
 def test_damaged_backups_are_told(store: Path) -> None:
     opened = open_existing(store)
     folder = default_backups(store)
@@ -277,6 +286,7 @@ def test_damaged_backups_are_told(store: Path) -> None:
     assert {finding.file for finding in found(store)} == {str(manifest)}
 
 
+@pytest.mark.promise("verify-no-false-alarm")
 def test_what_retention_and_compaction_leave_is_well(store: Path) -> None:
     opened = open_existing(store)
     try:
@@ -289,6 +299,7 @@ def test_what_retention_and_compaction_leave_is_well(store: Path) -> None:
     assert 0 < report.events < 300
 
 
+@pytest.mark.promise("verify-no-false-alarm")
 async def test_nothing_is_taken_for_wrong_while_others_write_checkpoint_compact_and_come_and_go(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     done = False
@@ -330,6 +341,7 @@ async def test_nothing_is_taken_for_wrong_while_others_write_checkpoint_compact_
     assert verify(path).findings == []
 
 
+@pytest.mark.promise("ids-are-text")
 def test_the_command_says_what_and_what_to_do(store: Path) -> None:
     run = CliRunner()
     result = run.invoke(main, ["verify", str(store)])
@@ -365,6 +377,7 @@ def test_a_file_that_the_disk_does_not_give_is_told(store: Path, name: str) -> N
     assert kind == ("registry" if name == "registry.log" else "damage")
 
 
+@pytest.mark.promise("damage-no-traceback")
 @pytest.mark.parametrize(
     "sql",
     [

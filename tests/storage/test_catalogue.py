@@ -135,6 +135,7 @@ def test_the_views_say_what_a_name_does_not(catalogue: Catalogue, path: Path) ->
         assert health == [("(pack)", 100), ("c", 50)]
 
 
+@pytest.mark.promise("files-are-private")
 def test_the_file_is_marked_as_ours_and_private(path: Path) -> None:
     umask = os.umask(0o022)
     try:
@@ -312,6 +313,7 @@ def test_a_folder_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
         inspect_file(tmp_path)
 
 
+@pytest.mark.promise("foreign-file-untouched")
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 @pytest.mark.parametrize("application", [0, 77])
 def test_a_database_of_another_program_is_refused_and_untouched(path: Path, mode: str, application: int) -> None:
@@ -392,6 +394,7 @@ def commits_of(wal: bytes) -> list[int]:
     return ends
 
 
+@pytest.mark.promise("crash-opens")
 def test_a_crash_between_any_two_commits_of_a_new_catalogue_leaves_one_that_opens(tmp_path: Path, path: Path) -> None:
     catalogue = new_catalogue(path)
     database = path.read_bytes()

@@ -143,6 +143,7 @@ def test_syncs_and_a_forgotten_cache_leave_the_bytes_as_they_are(tmp_path: Path)
 # Publishing.
 
 
+@pytest.mark.promise("crash-opens")
 def test_a_file_is_published_in_an_order_that_a_crash_cannot_spoil(tmp_path: Path) -> None:
     disk = FaultyDisk()
     disk.publish(tmp_path / "file", b"new")
@@ -258,6 +259,7 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.promise("forked-child")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_lets_go_of_the_locks_and_its_parent_does_not(tmp_path: Path) -> None:
     assert run(FORKED, tmp_path / "lock") == "True\n"
@@ -276,6 +278,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.promise("forked-child")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_lock_ends_with_its_process_though_a_forked_child_lives_on(tmp_path: Path) -> None:
     with subprocess.Popen(
@@ -331,6 +334,7 @@ def test_the_type_of_a_file_system_is_read_from_the_mounts(device: tuple[int, in
     assert files._type_of_device(MOUNTS, os.makedev(*device)) == kind
 
 
+@pytest.mark.promise("network-refused")
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs"])
 def test_a_network_file_system_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(NotAStoreError, match=rf"network file system \({kind}\); put the store on a local disk"):

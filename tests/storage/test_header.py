@@ -69,6 +69,7 @@ def test_a_file_of_a_newer_format_is_refused_with_what_to_do() -> None:
         decode_header(with_checksum(bytes(fields)), PATH, KIND_JOURNAL)
 
 
+@pytest.mark.promise("newer-format-refused")
 def test_a_file_of_a_newer_format_is_refused_also_when_its_checksum_is_of_another_kind() -> None:
     data = bytearray(HEADER.encode())
     data[8:10] = (FORMAT_VERSION + 1).to_bytes(2, "little")

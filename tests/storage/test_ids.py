@@ -16,6 +16,7 @@ lanes = st.integers(0, LANE_COUNT - 1)
 clocks = st.integers(0, 4_100_000_000_000_000)
 
 
+@pytest.mark.promise("ids-never-twice")
 @given(lanes, st.lists(clocks, min_size=2, max_size=50))
 def test_ids_ascend_however_the_clock_steps(lane: int, times: list[int]) -> None:
     generator = IdGenerator(lane)
@@ -59,6 +60,7 @@ def test_a_full_counter_goes_on_in_the_next_millisecond_and_never_in_another_lan
     assert ids[COUNTERS] >> 21 == NOW_US // 1000 + 1
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_lanes_never_draw_the_same_id() -> None:
     drawn = [IdGenerator(lane).next(NOW_US) for lane in range(LANE_COUNT)]
     assert len(set(drawn)) == LANE_COUNT

@@ -141,6 +141,7 @@ def test_a_process_that_scans_finds_the_same(store: Store) -> None:
     store.check()
 
 
+@pytest.mark.promise("catalogue-is-derived")
 def test_what_lies_around_damage_is_indexed(store: Store) -> None:
     path = store.segment(1, pack(1, 900, 3))
     data = bytearray(path.read_bytes())
@@ -202,6 +203,7 @@ def test_a_segment_that_has_grown_is_indexed_whole(store: Store) -> None:
 DROPPED = ("update streams set dropped_id = 15, dropped_at = 'then' where name = 'stream 0'",)
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 @pytest.mark.parametrize("afresh", [True, False])
 def test_what_retention_dropped_is_not_indexed_again(store: Store, afresh: bool) -> None:
     store.segment(1, pack(1, 20, 2))
@@ -264,6 +266,7 @@ def test_the_new_index_is_on_disk_before_it_takes_its_place(store: Store) -> Non
     assert store.ask("pragma integrity_check") == [("ok",)]
 
 
+@pytest.mark.promise("reindex-whole")
 @pytest.mark.parametrize(
     "fault",
     [

@@ -123,6 +123,7 @@ def ids_of(frames: Sequence[bytes]) -> list[int]:
 # Crashes.
 
 
+@pytest.mark.promise("always-on-disk", "power-cut-no-hole", "torn-is-no-damage")
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("syncs", [1.0, 0.25], ids=["aligned", "packed"])
 def test_a_crash_loses_nothing_acknowledged_and_is_no_damage(syncs: float, seed: int) -> None:
@@ -153,6 +154,7 @@ def survives_crashes(journal: Journal, rng: random.Random, tries: int) -> None:
         assert scan.end in {PAGE_BYTES, *(batch.end for batch in journal.batches)}
 
 
+@pytest.mark.promise("power-cut-no-hole")
 @pytest.mark.parametrize("seed", range(20))
 def test_a_crash_while_the_file_is_sealed_loses_nothing(seed: int) -> None:
     rng = random.Random(seed)
@@ -163,6 +165,7 @@ def test_a_crash_while_the_file_is_sealed_loses_nothing(seed: int) -> None:
     survives_crashes(journal, rng, tries=30)
 
 
+@pytest.mark.promise("power-cut-no-hole")
 def test_a_crash_leaves_whole_batches_or_none_of_them() -> None:
     rng = random.Random(1)
     journal = Journal()
@@ -183,6 +186,7 @@ def test_a_crash_leaves_whole_batches_or_none_of_them() -> None:
     assert scan.torn_bytes == journal.batches[2].end - scan.end
 
 
+@pytest.mark.promise("torn-is-no-damage")
 def test_a_torn_write_does_not_reach_the_page_of_what_was_acknowledged() -> None:
     rng = random.Random(2)
     journal = packed(rng, 60)
@@ -200,6 +204,7 @@ def test_a_torn_write_does_not_reach_the_page_of_what_was_acknowledged() -> None
 # Zeros written ahead.
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 @pytest.mark.parametrize("build", [aligned, packed])
 def test_zeros_written_ahead_are_never_a_batch_wherever_the_file_ends(
     build: Callable[[random.Random, int], Journal],
@@ -293,6 +298,7 @@ def check_reported(journal: Journal, damaged: bytes, scan: JournalScan) -> None:
         assert sum(bad.lost_events or 0 for bad in scan.damage) == len(journal.acknowledged) - len(whole)
 
 
+@pytest.mark.promise("damage-is-told")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("damage", DAMAGERS, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("build", [aligned, packed])
@@ -310,6 +316,7 @@ def test_with_a_witness_every_damage_is_reported_and_everything_else_served(
         check_reported(journal, bytes(data), scan_journal(bytes(data), PATH, end))
 
 
+@pytest.mark.promise("damage-is-told")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("build", [aligned, packed])
 def test_the_seal_of_a_finished_file_is_witness_enough(
@@ -326,6 +333,7 @@ def test_the_seal_of_a_finished_file_is_witness_enough(
             check_reported(journal, bytes(data), scan_journal(bytes(data), PATH))
 
 
+@pytest.mark.promise("damage-is-told")
 @pytest.mark.parametrize("seed", range(40))
 def test_damage_before_unsynced_batches_is_told_from_their_torn_writes(seed: int) -> None:
     rng = random.Random(seed)
@@ -360,6 +368,7 @@ def test_without_a_witness_damage_in_the_last_batch_looks_like_a_torn_write(seed
     assert scan_journal(bytes(data), PATH, last.end).damage != []
 
 
+@pytest.mark.promise("damage-is-told")
 @pytest.mark.parametrize("seed", range(20))
 def test_without_a_witness_damage_in_any_earlier_batch_is_reported(seed: int) -> None:
     rng = random.Random(seed)
@@ -449,6 +458,7 @@ def test_a_badly_damaged_file_is_read_in_reasonable_time() -> None:
 # The end that the next file names.
 
 
+@pytest.mark.promise("failed-file-given-up")
 @pytest.mark.parametrize("build", [aligned, packed])
 def test_what_lies_beyond_the_end_that_the_next_file_names_does_not_exist(
     build: Callable[[random.Random, int], Journal],
@@ -484,6 +494,7 @@ def test_a_file_that_was_given_up_before_its_first_sync_is_empty() -> None:
 # Foreign and unreadable files.
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 def test_batches_of_another_file_are_not_read() -> None:
     # What an earlier file left in blocks that the file system gave out again.
     journal, other = Journal(), CrashDisk()
@@ -526,6 +537,7 @@ def test_a_segment_is_no_journal_and_a_newer_journal_is_refused() -> None:
         scan_journal(bytes(data), PATH)
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 @pytest.mark.parametrize("seed", range(30))
 def test_trash_behind_the_header_is_never_an_event(seed: int) -> None:
     rng = random.Random(seed)
@@ -593,6 +605,7 @@ def test_the_journal_on_a_real_disk_is_what_was_written(tmp_path: Path) -> None:
     disk.close(fd)
 
 
+@pytest.mark.promise("torn-is-no-damage")
 @pytest.mark.parametrize("written", [0, 1, BATCH_HEADER_BYTES - 1, BATCH_HEADER_BYTES, 300])
 def test_a_short_write_is_a_torn_write_to_whoever_reads_the_file(tmp_path: Path, written: int) -> None:
     disk = FaultyDisk()

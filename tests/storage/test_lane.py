@@ -75,6 +75,7 @@ def header_of(lane: Lane, ordinal: int) -> FileHeader:
 # Who has it.
 
 
+@pytest.mark.promise("many-processes")
 def test_each_open_store_has_a_lane_of_its_own_and_a_free_one_is_taken_again(
     acquired: Acquirer, tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_an_incarnation_is_never_used_twice(acquired: Acquirer) -> None:
     assert len(seen) == 5
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_ids_are_not_reused_after_everything_unsynced_is_lost_and_the_clock_steps_back(
     acquired: Acquirer, tmp_path: Path
 ) -> None:
@@ -137,6 +139,7 @@ def test_ids_are_not_reused_after_everything_unsynced_is_lost_and_the_clock_step
     assert len(set(given)) == 40
 
 
+@pytest.mark.promise("ids-never-twice")
 def test_an_id_is_never_written_beyond_what_the_disk_has_reserved(acquired: Acquirer) -> None:
     lane = acquired()
     begin(lane)
@@ -172,6 +175,7 @@ def tear_state(folder: Path, offset: int) -> None:
     (folder / "state").write_bytes(data)
 
 
+@pytest.mark.promise("ids-never-twice")
 @pytest.mark.parametrize("openings", range(1, 5))
 def test_a_torn_reservation_leaves_the_one_before(acquired: Acquirer, openings: int) -> None:
     for _ in range(openings - 1):
@@ -192,6 +196,7 @@ def test_a_torn_reservation_leaves_the_one_before(acquired: Acquirer, openings: 
     assert read_reservation(Disk(), lane.folder) >= before
 
 
+@pytest.mark.promise("ids-never-twice")
 @pytest.mark.parametrize("writes", range(1, 6))
 def test_within_one_opening_a_torn_reservation_leaves_the_one_before(acquired: Acquirer, writes: int) -> None:
     disk = FaultyDisk()
@@ -334,6 +339,7 @@ def test_a_file_that_could_not_be_begun_does_not_lend_its_ordinal_again(acquired
     assert (lane.journal.header.follows, lane.journal.header.follows_end) == (0, 0)
 
 
+@pytest.mark.promise("failed-file-given-up")
 def test_a_file_that_failed_ends_at_its_last_good_sync(acquired: Acquirer) -> None:
     disk = FaultyDisk()
     lane = acquired(disk)
@@ -353,6 +359,7 @@ def test_a_file_that_failed_ends_at_its_last_good_sync(acquired: Acquirer) -> No
     assert (header.follows, header.follows_end) == (failed, durable)
 
 
+@pytest.mark.promise("failed-file-given-up")
 def test_a_file_that_failed_before_its_first_sync_ends_behind_its_header(acquired: Acquirer) -> None:
     disk = FaultyDisk()
     lane = acquired(disk)
@@ -437,6 +444,7 @@ def test_a_new_incarnation_shows_nothing_yet(tmp_path: Path) -> None:
     marks.close()
 
 
+@pytest.mark.promise("visible-when-acknowledged")
 def test_after_a_restart_of_the_machine_nothing_is_visible_and_the_witness_counts(tmp_path: Path) -> None:
     marks = Marks(Disk(), tmp_path)
     marks.begin(5)
@@ -451,6 +459,7 @@ def test_after_a_restart_of_the_machine_nothing_is_visible_and_the_witness_count
     marks.close()
 
 
+@pytest.mark.promise("visible-when-acknowledged")
 def test_a_lane_shows_what_is_written_and_witnesses_what_is_synced(acquired: Acquirer) -> None:
     lane = acquired()
     begin(lane)

@@ -42,6 +42,7 @@ def test_a_whole_chain_is_returned_whole() -> None:
     assert contiguous("s", 2, []) == []
 
 
+@pytest.mark.promise("no-hole-passed-over")
 def test_events_before_a_hole_are_returned_and_the_hole_is_told_next_time() -> None:
     chain = [event(3, 2), event(5, 3), event(9, 7), event(10, 9)]
     assert ids(contiguous("s", 2, chain)) == [3, 5]
@@ -135,6 +136,7 @@ def test_an_id_of_another_stream_shows_nothing_of_it_and_hides_nothing(shelf: Sh
     assert found == {(name, after): [(name, each) for each in streams[name] if each > after] for name, after in found}
 
 
+@pytest.mark.promise("order")
 def test_an_event_that_two_segments_hold_is_read_once(shelf: Shelf) -> None:
     shelf.store(a=[1, 2, 3, 4])
     shelf.store(a=[3, 4, 5])
@@ -142,6 +144,7 @@ def test_an_event_that_two_segments_hold_is_read_once(shelf: Shelf) -> None:
     assert [each for _, each in shelf.read("a", 3)] == [4, 5]
 
 
+@pytest.mark.promise("order")
 def test_runs_that_overlap_are_merged(shelf: Shelf) -> None:
     shelf.store(a=[1, 4, 7])
     shelf.store(a=[2, 5, 8])

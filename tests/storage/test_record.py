@@ -45,6 +45,7 @@ def test_an_event_comes_back_as_it_was_stored(stored: Event) -> None:
     assert decode_frame(frame).event_id == str(stored.id)
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 @given(events)
 def test_a_frame_of_another_store_is_refused(stored: Event) -> None:
     frame = encode_frame(stored, frame_seed(12))
@@ -52,6 +53,7 @@ def test_a_frame_of_another_store_is_refused(stored: Event) -> None:
     assert list(salvage_frames(frame, SEED)) == []
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 def test_every_flipped_bit_of_a_frame_is_noticed() -> None:
     frame = encode_frame(event(7), SEED)
     for bit in range(len(frame) * 8):
@@ -68,6 +70,7 @@ def test_a_frame_that_is_cut_short_is_refused(stored: Event, data: st.DataObject
     assert list(iter_frames(frame + frame[:cut], SEED)) == [(0, frame)]
 
 
+@pytest.mark.promise("largest-event")
 def test_the_largest_event_is_stored_and_a_larger_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "MAX_BODY_BYTES", 1000)
     overhead = len(encode_frame(event(7, bytes(900)), SEED)) - FRAME_HEADER.size - 900

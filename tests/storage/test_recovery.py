@@ -101,6 +101,7 @@ def change(path: Path, offset: int, data: bytes) -> None:
     path.write_bytes(whole)
 
 
+@pytest.mark.promise("dead-adopted")
 def test_everything_acknowledged_comes_to_segments_and_the_journals_go(dead: DeadLane) -> None:
     written: list[int] = []
     for _ in range(3):
@@ -117,6 +118,7 @@ def test_everything_acknowledged_comes_to_segments_and_the_journals_go(dead: Dea
     assert dead.events() == written
 
 
+@pytest.mark.promise("crash-opens")
 def test_a_recovery_that_is_cut_short_is_begun_again(dead: DeadLane) -> None:
     written: list[int] = []
     for _ in range(4):
@@ -131,6 +133,7 @@ def test_a_recovery_that_is_cut_short_is_begun_again(dead: DeadLane) -> None:
     assert journal_ordinals(dead.disk, dead.lane.folder) == []
 
 
+@pytest.mark.promise("torn-is-no-damage")
 def test_a_torn_write_is_kept_aside_and_is_no_damage(dead: DeadLane) -> None:
     written = dead.write(3)
     dead.lane.sync()
@@ -148,6 +151,7 @@ def path_end(dead: DeadLane) -> int:
     return dead.lane.journal.end
 
 
+@pytest.mark.promise("damage-is-told")
 def test_damage_is_told_with_file_and_offset_and_the_file_is_kept(dead: DeadLane) -> None:
     written = dead.write(3)
     dead.lane.sync()
@@ -164,6 +168,7 @@ def test_damage_is_told_with_file_and_offset_and_the_file_is_kept(dead: DeadLane
     assert (dead.root / "damaged" / name).read_bytes() == original
 
 
+@pytest.mark.promise("failed-file-given-up")
 def test_what_a_file_holds_beyond_the_end_that_the_next_one_names_is_not_served(dead: DeadLane) -> None:
     written = dead.write(2)
     dead.lane.sync()
@@ -190,6 +195,7 @@ def test_that_holds_also_when_the_header_is_damaged(dead: DeadLane) -> None:
     assert dead.events() == written
 
 
+@pytest.mark.promise("damage-is-told")
 def test_a_file_whose_header_is_damaged_is_told_and_its_events_are_served(dead: DeadLane) -> None:
     written = dead.write(3)
     dead.lane.sync()
@@ -222,6 +228,28 @@ def test_a_file_that_was_given_up_before_its_first_sync_may_have_lost_its_header
     assert dead.damage() == []
 
 
+class UntrustedCacheDisk(FaultyDisk):
+    """Notes also when the page cache is dropped."""
+
+    def forget_cache(self, fd: int) -> None:
+        self.calls.append(("forget_cache", self._paths[fd].name))
+        super().forget_cache(fd)
+
+
+@pytest.mark.promise("cache-distrusted")
+def test_a_journal_is_read_from_the_device_and_not_from_the_cache(dead: DeadLane) -> None:
+    # After a failed sync the cache shows what the disk does not have.
+    written = dead.write(3)
+    dead.lane.sync()
+    name = dead.journal().name
+    dead.disk = disk = UntrustedCacheDisk()
+    dead.adopt()
+    calls = [kind for kind, of in disk.calls if of == name]
+    at = calls.index("forget_cache")
+    assert calls[at - 1 : at + 2] == ["sync", "forget_cache", "read"]
+    assert dead.events() == written
+
+
 def test_an_empty_file_that_was_only_being_made_is_removed(dead: DeadLane) -> None:
     written = dead.write(3)
     dead.lane.rotate()
@@ -231,6 +259,7 @@ def test_an_empty_file_that_was_only_being_made_is_removed(dead: DeadLane) -> No
     assert (dead.damage(), journal_ordinals(dead.disk, dead.lane.folder)) == ([], [])
 
 
+@pytest.mark.promise("nothing-wrong-is-served")
 def test_a_journal_of_another_store_is_told_and_not_served(dead: DeadLane) -> None:
     other = dead.root / "other"
     stranger = Lane.acquire(dead.disk, other, STORE_ID + 1)

@@ -136,6 +136,7 @@ for number in range(50):
 """
 
 
+@pytest.mark.promise("one-owner")
 def test_two_processes_that_race_agree_on_every_owner(tmp_path: Path, opened: Opener) -> None:
     registry = opened()
     for number in range(50):
@@ -196,6 +197,7 @@ def test_changes_are_told_once_and_by_whoever_made_them(opened: Opener) -> None:
 # Torn appends and failing disks.
 
 
+@pytest.mark.promise("torn-is-no-damage", "sessions-outlive-faults")
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, -1])
 def test_a_torn_append_is_written_over(tmp_path: Path, opened: Opener, kept: int) -> None:
     registry = opened()
@@ -229,6 +231,7 @@ def test_an_append_that_the_disk_refuses_is_raised_and_the_next_one_counts(
     assert [each.key for each in reader.sessions()] == ["a", "b"]
 
 
+@pytest.mark.promise("failed-file-given-up")
 def test_nothing_is_appended_to_a_file_whose_sync_failed(tmp_path: Path, opened: Opener) -> None:
     # The kernel marks the pages clean: what was written before the failed sync may be gone after a crash, and a whole
     # entry behind it would be read as damage in the middle.
@@ -244,6 +247,7 @@ def test_nothing_is_appended_to_a_file_whose_sync_failed(tmp_path: Path, opened:
     assert {"a", "b"} <= {each.key for each in reader.sessions()} <= {"a", "b", "refused"}
 
 
+@pytest.mark.promise("sessions-outlive-faults")
 def test_while_the_disk_fails_every_append_is_refused_and_none_is_lost_after(opened: Opener) -> None:
     disk = FaultyDisk()
     registry, reader = opened(disk), opened()
@@ -391,6 +395,7 @@ def test_a_rewrite_keeps_owner_age_and_data(opened: Opener) -> None:
     assert opened().find("key") == Session("key", 2, NOW_US, b"data", changed_us=NOW_US + 1)
 
 
+@pytest.mark.promise("sessions-outlive-faults")
 @pytest.mark.usefixtures("rewritten_often")
 @pytest.mark.parametrize("kind", ["create", "write", "sync", "rename", "sync_folder"])
 def test_a_rewrite_that_fails_loses_nothing(tmp_path: Path, opened: Opener, kind: str) -> None:
@@ -448,6 +453,7 @@ def test_a_rewrite_keeps_that_a_session_is_released_and_since_when(opened: Opene
     assert opened().find("key") == Session("key", 1, NOW_US, b"data", changed_us=NOW_US + 1, released=True)
 
 
+@pytest.mark.promise("unused-sessions-end")
 def test_a_session_is_ended_for_its_age_only_when_nobody_has_used_it_since(opened: Opener) -> None:
     registry = opened()
     registry.open_session("key", 1, NOW_US, b"")

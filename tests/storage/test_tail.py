@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from logstore.storage.tail import Generation, StreamTail, Tail, memory_of
 
 FRAME = bytes(100)
@@ -116,6 +118,7 @@ def test_what_is_in_no_segment_stays_however_little_is_to_be_kept() -> None:
     assert log.tail.unsegmented_bytes == 6 * SIZE
 
 
+@pytest.mark.promise("memory-bounded")
 def test_past_the_budget_the_streams_that_wrote_longest_ago_go() -> None:
     log = Log(budget=3 * (SIZE + 600))
     for name in "abcde":
@@ -164,6 +167,7 @@ def test_a_stream_that_comes_back_after_eviction_begins_anew() -> None:
     assert log.tail.bytes == log.tail.unsegmented_bytes == 0
 
 
+@pytest.mark.promise("memory-bounded")
 def test_memory_is_accounted_for_through_any_number_of_turns() -> None:
     log = Log(budget=40 * SIZE, cached_events=2)
     for turn in range(200):
@@ -205,6 +209,7 @@ def test_what_the_disk_may_not_hold_moves_to_another_generation_in_order() -> No
     assert ids_of(log.tail, "a") == [1, 3]
 
 
+@pytest.mark.promise("volatile-bounded")
 def test_forgotten_events_leave_a_gap_that_is_remembered() -> None:
     log = Log()
     log.append("a")
