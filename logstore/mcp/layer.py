@@ -150,8 +150,12 @@ class ResumeLayer:
         await self._call_sdk(session, scope, connection)
 
     async def _call_sdk(self, session: SessionScope, scope: Scope, connection: Connection) -> None:
+        call: PeerCall | None = scope.get(CALL_KEY)
+
         def note(connection: Connection) -> None:
-            """Note which stream the response carries."""
+            """Note that the SDK gets the request, and which stream the response carries."""
+            if call is not None:
+                call.begin()
             request_id = _request_id(connection)
             if request_id is not None:
                 self.connections.add(session.begin(request_id), connection)
