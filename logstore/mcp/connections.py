@@ -83,6 +83,11 @@ class Connection:
         self.on_received: Callable[[Connection], None] | None = None
         self.on_start: Callable[[Message], Awaitable[None]] | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the response has not begun, and somebody waits for it."""
+        return not (self.status or self.ended)
+
     async def read(self, limit: int) -> bool:
         """Receive the request whole, if it is within a limit of bytes; return whether it is."""
         while not self.received:

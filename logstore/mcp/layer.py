@@ -180,16 +180,15 @@ class ResumeLayer:
         """Serve a request of a session, here or where its owner is."""
         key = key_of(session_id)
         began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
+        while connection.waits and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
             live = self.custody.live.get(key) or await self._look_for(key, began_s, scope, connection)
-            if live is None:
-                if not connection.status:
-                    await asyncio.sleep(_LOOK_AGAIN_S)
-            elif not live.may_use(scope):
+            if live is not None and not live.may_use(scope):
                 await self._refuse(answers.unknown_session(), began_s, connection)
-            elif await self._serve_live(live, session_id, scope, connection):
+            elif live is not None and await self._serve_live(live, session_id, scope, connection):
                 return
-        if not connection.status:
+            elif connection.waits:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+        if connection.waits:
             await _send(answers.unavailable(_MOVING, _request_id(connection)), connection)
 
     async def _look_for(self, key: str, began_s: float, scope: Scope, connection: Connection) -> LiveSession | None:
@@ -306,7 +305,7 @@ class ResumeLayer:
             return False
         live = None if resumes or head.session_id is None else self.custody.live.get(key_of(head.session_id))
         began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
+        while connection.waits and time.monotonic() - began_s < self._options.drain_s + _OWNER_PATIENCE_S:
             if live is not None and live.may_use(scope):
                 await self.custody.let_go(live)
             if call is not None:
@@ -315,7 +314,7 @@ class ResumeLayer:
                 break
         if not connection.status and request_id is not None:
             await _send(answers.unavailable(_STOPPING, request_id), connection)
-        return bool(connection.status)
+        return not connection.waits
 
     async def _pass_to_any(self, scope: Scope, connection: Connection) -> bool:
         """Pass a request to any other worker; return whether there is one, and so a point in trying again."""

@@ -214,6 +214,29 @@ async def test_the_sdk_s_limit_of_sessions_passes_through_a_revival(tmp_path: Pa
         assert answers_of(await call(again, 2, 0))[0]["id"] == 2
 
 
+async def test_a_request_whose_session_a_stop_has_closed_does_not_hold_up_the_others() -> None:
+    app = resumable_http_app(counting_server(Steps()), InMemoryEventStore())
+    layer = layer_of(app)
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
+        assert client.session_id is not None
+        await layer.custody.drain()
+        scope = {"type": "http", "method": "POST", "headers": [(b"mcp-session-id", client.session_id.encode())]}
+        passed_on = asyncio.create_task(layer(scope, nothing_comes, nothing_goes))
+        done, _ = await asyncio.wait({passed_on}, timeout=0.05)
+        # While it waits for its session to be served elsewhere.
+        assert not done
+        passed_on.cancel()
+        await asyncio.wait({passed_on})
+
+
+async def nothing_comes() -> Any:
+    await asyncio.get_running_loop().create_future()
+
+
+async def nothing_goes(message: Any) -> None:
+    pass
+
+
 @pytest.mark.parametrize("request_id", [7, "7", "a b", "%-7"])
 async def test_a_call_that_a_stop_cuts_off_ends_with_an_error_under_its_own_id(
     tmp_path: Path, request_id: int | str
