@@ -24,6 +24,7 @@ try:
     from crash_kill import BrokenPromiseError, KillCampaign
     from crash_processes import ProcessesCampaign
     from crash_resume import ResumeCampaign
+    from crash_sdk_client import SdkCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
 
@@ -104,6 +105,15 @@ _KINDS: Final = {
         "first id; every report came once, in order; every session lived on",
         "many clients over many workers; connections cut, workers killed",
         "Cut connections every few hundred milliseconds and kill a worker every few seconds, while clients call.",
+        runs=1,
+        sizes={"calls": 1000, "clients": 50, "workers": 4},
+    ),
+    "sdk": _Kind(
+        SdkCampaign,
+        "calls",
+        "every call of the SDK's client ended with its exact result; every report of progress came once, in order",
+        "the SDK's own client over many workers; each call cut within its limits, workers restarted",
+        "Cut each call of the SDK's client once abruptly or several times cleanly, and restart workers meanwhile.",
         runs=1,
         sizes={"calls": 1000, "clients": 50, "workers": 4},
     ),

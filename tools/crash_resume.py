@@ -13,10 +13,10 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 # Run as a script, this folder is on the path and the checkout is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,13 +34,31 @@ _DOWN_S: Final = (0.0, 0.5)
 _HOWS: Final[tuple[How, ...]] = ("reset", "reset", "reset", "reset", "clean", "clean", "half")
 _MOST_CUT: Final = 12
 _LEAST_LIMIT_S: Final = 120.0
-_LIMIT_A_CALL_S: Final = 0.2
+_LIMIT_A_CALL_S: Final = 0.5
 _LISTENERS: Final = 5
 """Clients that also read their standalone stream, on which some of their calls announce things."""
 _MEMORY_S: Final = 2.0
 """How long after a worker's death something may still come of it."""
 _DEATH: Final = re.compile(r"worker|process|server (was|is|has)", re.IGNORECASE)
 """What the error of a call says whose worker died."""
+
+
+class Play(Protocol):
+    """What clients do in a run, and what breaks meanwhile.
+
+    Attributes:
+        waits: Seconds from each resume to its first event.
+    """
+
+    waits: list[float]
+
+    async def play(self, calls: int, clients: int) -> None:
+        """Do it."""
+        ...
+
+    def under_way(self) -> list[str]:
+        """Return what is known of the calls that are not over."""
+        ...
 
 
 class ResumeCampaign:
@@ -52,13 +70,27 @@ class ResumeCampaign:
         calls: How many calls, of all clients together.
         clients: How many clients.
         workers: How many workers.
+        begin: Makes what is played, of the workers, the balancer, a seed and the figures; `Run` if None.
+        **orders: As in `Workers.running`.
 
     Attributes:
         figures: What was counted.
     """
 
-    def __init__(self, folder: Path, seed: int, *, calls: int, clients: int, workers: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        calls: int,
+        clients: int,
+        workers: int,
+        begin: Callable[[Workers, Balancer, str, Counter[str]], Play] | None = None,
+        **orders: Any,
+    ) -> None:
         self.figures: Counter[str] = Counter()
+        self._begin = begin or Run
+        self._orders = orders
         self._folder = folder
         self._seed = seed
         self._calls = calls
@@ -90,8 +122,11 @@ class ResumeCampaign:
 
     async def _run(self, path: Path, seed: str) -> None:
         limit_s = max(_LEAST_LIMIT_S, self._calls * _LIMIT_A_CALL_S)
-        async with Workers.running(path, self._workers) as workers, Balancer.over(workers.ports) as balancer:
-            run = Run(workers, balancer, seed, self.figures)
+        async with (
+            Workers.running(path, self._workers, **self._orders) as workers,
+            Balancer.over(workers.ports) as balancer,
+        ):
+            run = self._begin(workers, balancer, seed, self.figures)
             try:
                 async with asyncio.timeout(limit_s):
                     await run.play(self._calls, self._clients)
@@ -164,7 +199,7 @@ class Run:
 
     async def _cut(self, stopping: asyncio.Event) -> None:
         rng = random.Random(f"{self._seed} cut")
-        while not await _comes_within(stopping, rng.uniform(*_CUT_PAUSE_S)):
+        while not await comes_within(stopping, rng.uniform(*_CUT_PAUSE_S)):
             how = rng.choice(_HOWS)
             share = rng.random() ** 2
             victims = [connection for connection in self._balancer.open if rng.random() < share][:_MOST_CUT]
@@ -173,7 +208,7 @@ class Run:
 
     async def _kill(self, stopping: asyncio.Event) -> None:
         rng = random.Random(f"{self._seed} kill")
-        while not await _comes_within(stopping, rng.uniform(*_KILL_PAUSE_S)):
+        while not await comes_within(stopping, rng.uniform(*_KILL_PAUSE_S)):
             worker = self._workers[rng.randrange(len(self._workers))]
             # Before: its connections may be seen to end before this process hears that it has ended.
             self._deaths.append((_now(), worker.port))
@@ -297,7 +332,8 @@ def _end_label(notes: Account) -> str:
     return f"end-of-{notes.name.replace(' ', '-')}"
 
 
-async def _comes_within(event: asyncio.Event, seconds: float) -> bool:
+async def comes_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait so long for an event; return whether it came."""
     try:
         async with asyncio.timeout(seconds):
             return await event.wait()

@@ -120,6 +120,11 @@ class Connection:
             envelope = _tolerantly(self.body)
         return envelope.id if envelope.method is not None else None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the response has not begun, and somebody waits for it."""
+        return not (self.status or self.ended)
+
     async def read(self, limit: int) -> bool:
         """Receive the request whole, if it is within a limit of bytes; return whether it is."""
         while not self.received:

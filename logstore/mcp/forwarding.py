@@ -76,16 +76,16 @@ class Forwarding:
             return False
         live = None if resumes or session_id is None else self._custody.live.get(key_of(session_id))
         began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.patience_s:
+        while connection.waits and time.monotonic() - began_s < self._options.patience_s:
             if live is not None and live.may_use(scope):
                 await self._custody.let_go(live)
             if call is not None:
                 await send_back(call, connection, stopping=True)
             elif not await self._pass_to_any(scope, connection):
                 break
-        if not connection.status and request_id is not None:
+        if connection.waits and request_id is not None:
             await connection.answer(answers.unavailable(_STOPPING, request_id))
-        return bool(connection.status)
+        return not connection.waits
 
     async def _pass_to_any(self, scope: Scope, connection: Connection) -> bool:
         """Pass a request to any other worker; return whether there is a point in trying again.

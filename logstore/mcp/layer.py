@@ -165,8 +165,12 @@ class ResumeLayer:
         await self._call_sdk(session, scope, connection)
 
     async def _call_sdk(self, session: SessionScope, scope: Scope, connection: Connection) -> None:
+        call: PeerCall | None = scope.get(CALL_KEY)
+
         def note(connection: Connection) -> None:
-            """Note which stream the response carries."""
+            """Note that the SDK gets the request, and which stream the response carries."""
+            if call is not None:
+                call.begin()
             request_id = connection.request_id
             if request_id is not None:
                 self.connections.add(session.begin(request_id), connection)
@@ -191,7 +195,7 @@ class ResumeLayer:
         """Serve a request of a session, here or where its owner is."""
         key = key_of(session_id)
         began_s = time.monotonic()
-        while not connection.status and time.monotonic() - began_s < self._options.patience_s:
+        while connection.waits and time.monotonic() - began_s < self._options.patience_s:
             live = self.custody.live.get(key) or await self._look_for(key, began_s, scope, connection)
             if live is not None and not live.may_use(scope):
                 await self._refuse(answers.unknown_session(), began_s, connection)
@@ -199,11 +203,11 @@ class ResumeLayer:
                 return
             elif self.custody.closed:
                 break
-            elif not connection.status:
+            elif connection.waits:
                 await asyncio.sleep(LOOK_AGAIN_S)
-        if not connection.status and (call := scope.get(CALL_KEY)) is not None:
+        if connection.waits and (call := scope.get(CALL_KEY)) is not None:
             await send_back(call, connection, stopping=self.custody.closed)
-        elif not connection.status:
+        elif connection.waits:
             await connection.answer(answers.unavailable(_MOVING, connection.request_id))
 
     async def _look_for(self, key: str, began_s: float, scope: Scope, connection: Connection) -> LiveSession | None:

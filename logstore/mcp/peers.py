@@ -4,12 +4,14 @@ A frame is its length (4 bytes, little endian) and a msgpack array. A connection
 
 | command | answer |
 | --- | --- |
-| `["request", scope, body]` | `["start", status, headers]`, then `["body", bytes, more]`…; or `["again", stopping]` |
+| `["request", scope, body]` | `["begun"]`, `["start", status, headers]`, `["body", bytes, more]`…; `["again", stopping]` |
 | `["end", name, older_than_ns]` | `[true]`: the connections of that stream are being ended |
 | `["reading", tokens]` | of which of these sessions connections are open |
 | `["ping"]` | `[true]` |
 
-`again` means that the session is no longer served there, and that nothing was done: look again who serves it.
+`again` means that the session is no longer served there, and that nothing was done: look again who serves it. So does
+an end without an answer before `begun`, which is sent before the request is handed to the SDK; after it the request may
+have been served.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -51,6 +53,8 @@ _SILENCE_S: Final = 5.0
 """Without the beginning of a response for this long, the other worker is asked whether it lives."""
 _BACKLOG: Final = 4096
 """Connections that wait to be accepted; asyncio's 100 are fewer than a busy balancer sends at once."""
+_FINISH_S: Final = 2.0
+"""What the responses that have begun may hold up the end of this worker's socket."""
 _SCOPE_FIELDS: Final = ("method", "path", "raw_path", "query_string", "root_path", "scheme", "http_version", "headers")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -64,23 +68,35 @@ class Outcome(enum.Enum):
     AGAIN = "the session is not served there any more; nothing was done"
     STOPPING = "the worker stops; nothing was done"
     UNREACHABLE = "nobody listens there; nothing was done"
-    LOST = "the worker, or the client, went away before the end of the answer; the request may have begun"
+    LOST = "the worker, or the client, went away before the end of the answer; the request may have been served"
     SILENT = "the worker has the request and does not react"
 
 
 class PeerCall:
     """Marks a request that another worker passed on.
 
+    Args:
+        on_begin: Called when it begins.
+
     Attributes:
         again: Set to send it back: look again who serves the session. What is sent then is dropped.
         stopping: Whether that is because this worker stops.
+        begun: Whether it cannot be sent back any more.
     """
 
-    __slots__ = ("again", "stopping")
+    __slots__ = ("_on_begin", "again", "begun", "stopping")
 
-    def __init__(self) -> None:
+    def __init__(self, on_begin: Callable[[], None]) -> None:
+        self._on_begin = on_begin
         self.again = False
         self.stopping = False
+        self.begun = False
+
+    def begin(self) -> None:
+        """Tell the other worker that from here on the request may have been served, whatever comes."""
+        if not self.begun:
+            self.begun = True
+            self._on_begin()
 
 
 class Host(Protocol):
@@ -113,7 +129,7 @@ class Peers:
         self._state = state
         self._host = host
         self._server: asyncio.Server | None = None
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], PeerCall | None] = {}
         self._fd = -1
 
     async def open(self) -> None:
@@ -128,9 +144,13 @@ class Peers:
         self._server = await asyncio.start_unix_server(self._accept, place, backlog=_BACKLOG)
 
     async def close(self) -> None:
-        """Stop listening, and end what is being served."""
+        """Stop listening, let the responses that have begun come to their end, and end the rest."""
         if self._server is not None:
             self._server.close()
+        begun = [task for task, call in self._serving.items() if call is not None and call.begun]
+        if begun:
+            # A call that is lost here would be one whose answer is stored.
+            await asyncio.wait(begun, timeout=_FINISH_S)
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
@@ -205,33 +225,34 @@ class Peers:
             reader, writer = await self._connect(worker)
         except OSError:
             return Outcome.UNREACHABLE
-        outcome = Outcome.LOST
+        outcome, begun, gone = Outcome.LOST, asyncio.Event(), asyncio.Event()
         with contextlib.closing(writer):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_close_when_gone, connection, writer)
+                tasks.start_soon(_close_when_gone, connection, writer, gone)
                 try:
                     fields = {name: scope[name] for name in _SCOPE_FIELDS if scope.get(name) is not None}
                     fields["client"], fields["server"] = scope.get("client"), scope.get("server")
                     writer.write(_frame(("request", fields, connection.body)))
                     await writer.drain()
-                    outcome = await self._relay(worker, reader, connection)
+                    outcome = await self._relay(worker, reader, connection, begun)
                 except (OSError, EOFError):
-                    # Whoever reads the response sees its end.
-                    pass
+                    # Whoever reads the response sees its end. One whose client went away may still begin there.
+                    outcome = Outcome.LOST if begun.is_set() or gone.is_set() else Outcome.AGAIN
                 tasks.cancel_scope.cancel()
         return outcome
 
-    async def _relay(self, worker: int, reader: asyncio.StreamReader, connection: Connection) -> Outcome:
-        first = asyncio.ensure_future(_read(reader))
-        try:
-            while not (await asyncio.wait({first}, timeout=_SILENCE_S))[0]:
-                if not await self.answers(worker):
-                    return Outcome.SILENT
-        finally:
-            first.cancel()
-        kind, *rest = first.result()
+    async def _relay(
+        self, worker: int, reader: asyncio.StreamReader, connection: Connection, begun: asyncio.Event
+    ) -> Outcome:
+        kind, *rest = await self._first(worker, reader)
+        if kind == "begun":
+            begun.set()
+            kind, *rest = await self._first(worker, reader)
         if kind == "again":
             return Outcome.STOPPING if rest[0] else Outcome.AGAIN
+        if kind == "silent":
+            return Outcome.SILENT
+        begun.set()
         start: Message = {"type": "http.response.start", "status": rest[0], "headers": rest[1]}
         if _is_stream(rest[1]):
             await connection.send(start)
@@ -243,16 +264,28 @@ class Peers:
             await connection.send({"type": "http.response.body", "body": body, "more_body": more})
         return Outcome.DONE
 
+    async def _first(self, worker: int, reader: asyncio.StreamReader) -> Any:
+        """Return the next frame, `["silent"]` when there is none and the other worker does not react."""
+        first = asyncio.ensure_future(_read(reader))
+        try:
+            while not (await asyncio.wait({first}, timeout=_SILENCE_S))[0]:
+                if not await self.answers(worker):
+                    return ["silent"]
+        finally:
+            first.cancel()
+        return first.result()
+
     # Serving.
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._serving.add(task)
+        self._serving[task] = None
         try:
             command, *arguments = await _read(reader)
             if command == "request":
-                await self._serve(arguments[0], arguments[1], reader, writer)
+                call = self._serving[task] = PeerCall(lambda: writer.write(_frame(("begun",))))
+                await self._serve(call, arguments[0], arguments[1], reader, writer)
             elif command == "end":
                 self._host.end_connections(*arguments)
                 writer.write(_frame((True,)))
@@ -268,13 +301,17 @@ class Peers:
             # Closing; a task of asyncio's server must not end so.
             pass
         finally:
-            self._serving.discard(task)
+            del self._serving[task]
             writer.close()
 
     async def _serve(
-        self, fields: dict[str, Any], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        call: PeerCall,
+        fields: dict[str, Any],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        call = PeerCall()
         scope: Scope = {
             **fields,
             "type": "http",
@@ -311,14 +348,16 @@ class Peers:
             await self._app(scope, receive, send)
         except Exception:
             logger.exception("a request that another worker passed on failed")
+            # It would fail again.
+            call.begin()
         if call.again:
             writer.write(_frame(("again", call.stopping)))
 
 
-async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter) -> None:
-    gone = False
-    while not gone:
-        gone = (await connection.receive())["type"] == "http.disconnect"
+async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter, gone: asyncio.Event) -> None:
+    while not gone.is_set():
+        if (await connection.receive())["type"] == "http.disconnect":
+            gone.set()
     writer.close()
 
 

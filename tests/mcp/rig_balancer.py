@@ -83,6 +83,7 @@ class Connection:
         tag: What its client called its first request.
         verb: HTTP method of that one.
         backend: Port that it went to, 0 for none.
+        client: Port that it came from.
         began: When, on the clock of the event loop.
         ended: When; 0 while it is open.
         id_passed: Whether the beginning of an SSE id was sent on to the client.
@@ -94,6 +95,7 @@ class Connection:
     tag: str = ""
     verb: str = ""
     backend: int = 0
+    client: int = 0
     ended: float = 0.0
     id_passed: bool = False
     cut: Literal["", "refused", "reset", "clean", "half"] = ""
@@ -180,7 +182,7 @@ class Balancer:
         return list(chosen)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(began=_now())
+        connection = Connection(began=_now(), client=writer.get_extra_info("peername")[1])
         task = asyncio.current_task()
         assert task is not None
         self.log.append(connection)

@@ -114,7 +114,7 @@ async def test_what_was_passed_on_is_not_passed_on_again(tmp_path: Path) -> None
         served(two) as second,
         StrictClient.connected(first) as client,
     ):
-        passed_on = PeerCall()
+        passed_on = PeerCall(lambda: None)
         sent: list[Message] = []
         headers = [(b"mcp-session-id", (client.session_id or "").encode()), (b"mcp-protocol-version", b"2025-11-25")]
         body = (

@@ -38,6 +38,14 @@ class Host:
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with what was asked, or not at all."""
     body = (await receive())["body"]
+    if body == b"wait":
+        scope["state"]["waits"].set()
+        await asyncio.get_running_loop().create_future()
+    if body not in (b"again", b"stopping"):
+        scope[CALL_KEY].begin()
+    if body == b"work":
+        scope["state"]["works"].set()
+        await scope["state"]["answer"].wait()
     if body in (b"again", b"stopping"):
         scope[CALL_KEY].again = True
         scope[CALL_KEY].stopping = body == b"stopping"
@@ -158,15 +166,72 @@ async def test_a_response_that_breaks_off_ends(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.promise("never-sent-twice")
-async def test_a_worker_that_goes_away_before_it_answers_may_have_begun(tmp_path: Path) -> None:
+async def test_a_worker_that_goes_away_before_it_begins_has_done_nothing(tmp_path: Path) -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.close()
 
     async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
         server = await asyncio.start_unix_server(hang_up, str(tmp_path / "2.sock"))
-        assert (await forward(one, 2, b"hello"))[0] is Outcome.LOST
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.AGAIN
         server.close()
+
+
+async def test_a_worker_that_stops_gives_back_what_it_has_not_begun(tmp_path: Path) -> None:
+    waits = asyncio.Event()
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        async with opened(tmp_path, 2, Host(), {"waits": waits}):
+            forwarding = asyncio.create_task(forward(one, 2, b"wait"))
+            await waits.wait()
+        outcome, client = await forwarding
+    assert outcome is Outcome.AGAIN
+    assert client.sent == []
+
+
+async def test_a_worker_that_stops_sends_the_response_to_what_it_has_begun(tmp_path: Path) -> None:
+    works, answer = asyncio.Event(), asyncio.Event()
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        async with opened(tmp_path, 2, Host(), {"works": works, "answer": answer}) as two:
+            forwarding = asyncio.create_task(forward(one, 2, b"work"))
+            await works.wait()
+            closing = asyncio.create_task(two.close())
+            await asyncio.sleep(0)
+            answer.set()
+            await closing
+        outcome, client = await forwarding
+    assert outcome is Outcome.DONE
+    assert b"".join(message["body"] for message in client.sent[1:]) == b"work"
+
+
+@pytest.mark.promise("never-sent-twice")
+async def test_what_a_worker_had_begun_when_it_died_may_have_been_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_FINISH_S", 0.01)
+    works, never = asyncio.Event(), asyncio.Event()
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        async with opened(tmp_path, 2, Host(), {"works": works, "answer": never}):
+            forwarding = asyncio.create_task(forward(one, 2, b"work"))
+            await works.wait()
+        assert (await forwarding)[0] is Outcome.LOST
+
+
+@pytest.mark.promise("never-sent-twice")
+async def test_what_a_client_has_left_is_not_sent_again(tmp_path: Path) -> None:
+    waits = asyncio.Event()
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        opened(tmp_path, 1, Host()) as one,
+        opened(tmp_path, 2, Host(), {"waits": waits}),
+    ):
+        client = Client(b"wait")
+        connection = Connection(client.receive, client.send)
+        assert await connection.read(1000)
+        forwarding = asyncio.create_task(one.forward(2, SCOPE, connection))
+        await waits.wait()
+        client.gone.set()
+        # The other worker has it, and may begin at any time.
+        assert await forwarding is Outcome.LOST
 
 
 @pytest.mark.promise("never-sent-twice")

@@ -16,7 +16,7 @@ from logstore.ops.verify.store import verify
 from tests.engine import eventually
 from tests.mcp.rig import DEADLINE_S, Workers
 from tests.mcp.rig_balancer import Balancer
-from tests.mcp.rig_client import Call, StubbornClient, check_counted
+from tests.mcp.rig_client import Account, Call, StubbornClient, check_counted
 from tests.mcp.rig_orders import ServerKind
 from tests.mcp.test_many_workers import SERVERS
 
@@ -173,6 +173,21 @@ async def test_a_graceful_stop_of_all_takes_nothing_from_the_sessions(workers: W
             async with client.get(calls[number].ids[0]) as exchange:
                 assert [event.id for event in await exchange.rest()] == calls[number].ids[1:]
     assert workers.complaints() == []
+
+
+async def test_a_stop_does_not_wait_for_a_stream_that_another_worker_does_not_begin(tmp_path: Path) -> None:
+    async with asyncio.timeout(DEADLINE_S), Workers.running(tmp_path / "events.db", 2) as workers:
+        frozen, stopping = workers
+        client, other = await StubbornClient.connected(frozen.port), await StubbornClient.connected(stopping.port)
+        frozen.freeze()
+        client.port = stopping.port
+        listening = asyncio.create_task(client.listen(Account("notes")))
+        # With this answered, the request for the stream has arrived.
+        await other.call("process", "p")
+        async with asyncio.timeout(AT_ONCE_S):
+            await stopping.stop()
+        listening.cancel()
+        frozen.thaw()
 
 
 @pytest.mark.promise("rolling-restart")
