@@ -4,7 +4,7 @@ A frame is its length (4 bytes, little endian) and a msgpack array. A connection
 
 | command | answer |
 | --- | --- |
-| `["request", scope, body]` | `["begun"]`, `["start", status, headers]`, `["body", bytes, more]`…; `["again", stopping]` |
+| `["request", scope, body]` | `["begun"]`, `["start", status, headers]`, `["body", bytes, more]`…; `["again", stops]` |
 | `["end", name, older_than_ns]` | `[true]`: the connections of that stream are being ended |
 | `["reading", tokens]` | of which of these sessions connections are open |
 | `["ping"]` | `[true]` |
