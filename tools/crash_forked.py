@@ -18,6 +18,7 @@ from typing import Final
 from crash_kill import BrokenPromiseError
 
 _POLL_S: Final = 0.005
+_NICER: Final = 5
 _WRONG: Final = re.compile(r"ERROR|CRITICAL|Traceback|exception was never retrieved")
 
 
@@ -113,6 +114,8 @@ def _work(errors: Path, work: Callable[[], Counter[str] | None], close: Iterable
     """Do the work of a forked process, and end it without what its parent does in the end."""
     status = 1
     try:
+        # Who kills must keep up with those that are killed.
+        os.nice(_NICER)
         for descriptor in close:
             os.close(descriptor)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
