@@ -22,6 +22,7 @@ try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_points import PointsCampaign
     from crash_resume import ResumeCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
@@ -60,7 +61,7 @@ class _Kind(NamedTuple):
     summary: str
     description: str
     runs: int = 200
-    sizes: Mapping[str, int] = MappingProxyType({})
+    sizes: Mapping[str, int | str] = MappingProxyType({})
 
 
 _KINDS: Final = {
@@ -85,6 +86,16 @@ _KINDS: Final = {
         "one random place of one file damaged, and everything asked of the store",
         "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
     ),
+    "points": _Kind(
+        PointsCampaign,
+        "kills",
+        "every acknowledged event was there, once, in order, with its payload; nothing that was shown was gone; every "
+        "store opened by itself and verified well; of backups and restores the old or the new was whole",
+        "a process killed at every change of its disk, in eight kinds of work",
+        "Kill a process at the n-th system call that changes its disk, SQLite's included, for every n.",
+        runs=4000,
+        sizes={"only": ""},
+    ),
     "resume": _Kind(
         ResumeCampaign,
         "calls",
@@ -98,7 +109,7 @@ _KINDS: Final = {
 }
 
 
-def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int]) -> int:
+def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int | str]) -> int:
     """Run a campaign, progress on stderr and the report on stdout; return 1 when a promise was broken."""
     kind = _KINDS[name]
     started = time.monotonic()
@@ -148,7 +159,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
         campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
         for size, figure in kind.sizes.items():
-            campaign.add_argument(f"--{size}", type=int, default=figure, help="how many (default: %(default)s)")
+            what = "which (default: all)" if figure == "" else "how many (default: %(default)s)"
+            campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=what)
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed

@@ -1,0 +1,348 @@
+"""The system calls by which a child process touches files, stopped one by one until this process says what happens.
+
+The child is forked and puts a filter over itself: the kernel stops such a call of any of its threads, SQLite's too,
+which pass no door of ours, and asks here. So a campaign counts them, kills the child at the n-th, or has the n-th fail.
+
+Source: seccomp_unotify(2), and `linux/seccomp.h` for the layouts and numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, Protocol
+
+Kind = Literal["read", "open", "create", "write", "extend", "sync", "rename", "unlink", "mkdir"]
+"""What a call does; all but the first two change something."""
+
+Fate = Literal["go", "kill", "tear", "short"] | int
+"""What becomes of a call: it is done; the process dies before it, or after half of a write; half of a write is done,
+and the call says so; or it fails with an errno."""
+
+_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
+_CALLS: Final[dict[str, dict[int, str]]] = {
+    "x86_64": {
+        0: "read",
+        1: "write",
+        2: "open",
+        17: "pread",
+        18: "pwrite",
+        74: "sync",
+        75: "sync",
+        77: "extend",
+        82: "rename",
+        83: "mkdir",
+        84: "unlink",
+        87: "unlink",
+        257: "openat",
+        258: "mkdirat",
+        263: "unlinkat",
+        264: "renameat",
+        285: "extend",
+        316: "renameat",
+    },
+    "aarch64": {
+        34: "mkdirat",
+        35: "unlinkat",
+        38: "renameat",
+        46: "extend",
+        47: "extend",
+        56: "openat",
+        63: "read",
+        64: "write",
+        67: "pread",
+        68: "pwrite",
+        82: "sync",
+        83: "sync",
+        276: "renameat",
+    },
+}
+_NO_NEW_PRIVS: Final = 38
+_SET_FILTER: Final = 1
+_NEW_LISTENER: Final = 8
+_ALLOW: Final = 0x7FFF0000
+_ASK: Final = 0x7FC00000
+_LOAD_NUMBER: Final = (0x20, 0, 0, 0)
+_JUMP_IF_EQUAL: Final = 0x15
+_RETURN: Final = 0x06
+_INSTRUCTION: Final = struct.Struct("=HBBI")
+_QUESTION: Final = struct.Struct("=QIIiIQ6Q")
+_ANSWER: Final = struct.Struct("=QqiI")
+_RECEIVE: Final = 0xC0502100
+_SEND: Final = 0xC0182101
+_CONTINUE: Final = 1
+_MOST_PATH_BYTES: Final = 4096
+_WORD_BYTES: Final = 1 << 16
+_POLL_MS: Final = 1000
+_LAST_WORDS_S: Final = 2.0
+
+
+class DiskCall(NamedTuple):
+    """A call that a thread of the child waits with.
+
+    Attributes:
+        kind: What it does.
+        path: The file or folder; of a rename the new name.
+        tearable: Whether a half of it can be done: a write of more than a byte at a place that it names.
+    """
+
+    kind: Kind
+    path: Path
+    tearable: bool = False
+
+
+class Judge(Protocol):
+    """Who is asked what becomes of the child's calls, and told what it says."""
+
+    def call(self, call: DiskCall) -> Fate:
+        """Decide over a call."""
+        ...
+
+    def word(self, line: str) -> None:
+        """Hear a line, before the calls that the thread which said it makes after that."""
+        ...
+
+
+Say = Callable[[str], None]
+"""How the child tells a line."""
+
+
+class HangsError(Exception):
+    """The child did not end in time; what its threads do are its last words."""
+
+
+def is_supported() -> bool:
+    """Whether this system can stop the calls of a child."""
+    return sys.platform == "linux" and platform.machine() in _CALLS
+
+
+def run_watched(work: Callable[[Say], None], judge: Judge, folder: Path, deadline_s: float) -> int:
+    """Fork, have the child work, and judge its calls on files below a folder; call it without any other thread.
+
+    Args:
+        work: What the child does; an exception is its last words, and status 1.
+        judge: Who decides.
+        folder: Calls on other files are done without a question.
+        deadline_s: When it hangs.
+
+    Returns:
+        The exit status, or the negative number of the signal that it died of.
+
+    Raises:
+        HangsError: It is not done in time.
+    """
+    parent, child = socket.socketpair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        parent.close()
+        _be_child(work, child)
+    child.close()
+    with parent:
+        try:
+            listener = socket.recv_fds(parent, 1, 1)[1][0]
+            with contextlib.closing(_Watch(pid, listener, parent, judge, folder)) as watch:
+                watch.run(time.monotonic() + deadline_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _be_child(work: Callable[[Say], None], channel: socket.socket) -> None:
+    status = 1
+    mutex = threading.Lock()
+
+    def say(line: str) -> None:
+        with mutex:
+            channel.sendall(line.encode() + b"\n")
+
+    try:
+        faulthandler.register(signal.SIGUSR1, channel.fileno())
+        listener = _ask_about_calls()
+        socket.send_fds(channel, [b"."], [listener])
+        os.close(listener)
+        work(say)
+        status = 0
+    except BaseException:
+        say(f"traceback {traceback.format_exc()!r}")
+    finally:
+        # Without what an interpreter does at its end: that is the parent's.
+        os._exit(status)
+
+
+def _ask_about_calls() -> int:
+    """Put the filter over this process, and return the descriptor by which another one is asked."""
+    machine = platform.machine()
+    numbers = _CALLS[machine]
+    program = [_LOAD_NUMBER]
+    program += [(_JUMP_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
+    program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ASK)]
+    code = ctypes.create_string_buffer(b"".join(_INSTRUCTION.pack(*each) for each in program))
+    described = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Without it only root may.
+    libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
+    listener = int(libc.syscall(_SECCOMP[machine], _SET_FILTER, _NEW_LISTENER, described))
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
+    return listener
+
+
+class _Question(NamedTuple):
+    """A call as the kernel has it."""
+
+    id: int
+    thread: int
+    name: str
+    arguments: tuple[int, ...]
+
+
+class _Watch:
+    """One child, until it ends."""
+
+    def __init__(self, pid: int, listener: int, channel: socket.socket, judge: Judge, folder: Path) -> None:
+        self._listener = listener
+        self._channel = channel
+        self._judge = judge
+        self._folder = str(folder) + "/"
+        self._pid = pid
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+        self._names = _CALLS[platform.machine()]
+        self._said = b""
+
+    def close(self) -> None:
+        """Close everything; calls that still wait fail."""
+        os.close(self._memory)
+        os.close(self._listener)
+
+    def run(self, deadline: float) -> None:
+        """Answer until the child is gone."""
+        poll = select.poll()
+        hangs = False
+        for fd in (self._listener, self._channel.fileno()):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = dict(poll.poll(_POLL_MS))
+            # What it says comes before what it does after that.
+            if not self._hear():
+                return
+            if ready.get(self._listener, 0) & select.POLLIN:
+                self._answer()
+            elif time.monotonic() > deadline:
+                if hangs:
+                    raise HangsError
+                hangs = True
+                deadline += _LAST_WORDS_S
+                os.kill(self._pid, signal.SIGUSR1)
+
+    def _hear(self) -> bool:
+        """Take in what was said; tell whether the child lives."""
+        try:
+            while data := self._channel.recv(_WORD_BYTES, socket.MSG_DONTWAIT):
+                *lines, self._said = (self._said + data).split(b"\n")
+                for line in lines:
+                    self._judge.word(line.decode())
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            pass
+        return False
+
+    def _answer(self) -> None:
+        buffer = bytearray(_QUESTION.size)
+        try:
+            fcntl.ioctl(self._listener, _RECEIVE, buffer)
+        except FileNotFoundError:
+            # It died while it asked.
+            return
+        asked, thread, _, number, _, _, *arguments = _QUESTION.unpack(buffer)
+        question = _Question(asked, thread, self._names[number], tuple(arguments))
+        call = self._described(question)
+        fate: Fate = "go" if call is None else self._judge.call(call)
+        if isinstance(fate, int):
+            self._reply(asked, error=-fate)
+        elif fate == "short":
+            self._reply(asked, value=self._do_half(question))
+        elif fate == "go":
+            self._reply(asked, flags=_CONTINUE)
+        else:
+            if fate == "tear":
+                self._do_half(question)
+            os.kill(self._pid, signal.SIGKILL)
+
+    def _reply(self, asked: int, value: int = 0, error: int = 0, flags: int = 0) -> None:
+        # Unless it died meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            fcntl.ioctl(self._listener, _SEND, bytearray(_ANSWER.pack(asked, value, error, flags)))
+
+    def _described(self, question: _Question) -> DiskCall | None:
+        """Return what a call does, None when that is not the campaign's business, or nothing."""
+        name, arguments = question.name, question.arguments
+        if name in ("read", "pread", "write", "pwrite", "sync", "extend"):
+            path = self._path_of(question.thread, arguments[0])
+        else:
+            # The last path of its arguments; with `…at` each comes behind a folder.
+            place = {"open": 0, "openat": 1, "rename": 1, "renameat": 3}.get(name, int(name.endswith("at")))
+            path = self._text(arguments[place])
+        if not path.startswith(self._folder):
+            return None
+        kind = self._kind(name, arguments, path)
+        return kind and DiskCall(kind, Path(path), name == "pwrite" and arguments[2] > 1)
+
+    def _kind(self, name: str, arguments: tuple[int, ...], path: str) -> Kind | None:
+        there = os.path.lexists(path)
+        match name:
+            case "open" | "openat":
+                creates = arguments[1 if name == "open" else 2] & os.O_CREAT
+                return "create" if creates and not there else "open"
+            case "read" | "pread":
+                return "read"
+            case "write" | "pwrite":
+                return "write"
+            case "sync":
+                return "sync"
+            case "extend":
+                return "extend"
+            case "rename" | "renameat":
+                return "rename"
+            case "mkdir" | "mkdirat":
+                return None if there else "mkdir"
+            case _:
+                return "unlink" if there else None
+
+    def _path_of(self, thread: int, fd: int) -> str:
+        try:
+            return os.readlink(f"/proc/{thread}/fd/{fd}").removesuffix(" (deleted)")
+        except OSError:
+            # Closed, or the thread is gone: the kernel has the answer to that.
+            return ""
+
+    def _text(self, address: int) -> str:
+        return os.pread(self._memory, _MOST_PATH_BYTES, address).partition(b"\0")[0].decode(errors="replace")
+
+    def _do_half(self, question: _Question) -> int:
+        """Write the first half of what a call would write; return how many bytes."""
+        fd, address, length, offset, *_ = question.arguments
+        data = os.pread(self._memory, length // 2, address)
+        own = os.open(f"/proc/{question.thread}/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return os.pwrite(own, data, offset)
+        finally:
+            os.close(own)

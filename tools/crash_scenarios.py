@@ -1,0 +1,444 @@
+"""What the campaigns interrupt: eight kinds of work on a store, each with the store that it begins with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import random
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from crash_calls import DiskCall, Fate, run_watched
+from crash_examine import check_opened, check_unopened, look
+from crash_kill import BrokenPromiseError
+from crash_life import EndedError, Hand, Job, Life, live
+from crash_told import Told
+from logstore.errors import LogstoreError
+from logstore.ops.access import open_existing
+from logstore.ops.backup.create import create_backup
+from logstore.ops.backup.pool import FolderTarget
+from logstore.ops.backup.restore import restore
+from logstore.ops.backup.rotation import check_backup, delete_old
+from logstore.ops.compaction.compact import compact
+from logstore.ops.reindex import reindex_at
+from logstore.storage import Log, LogOptions, Retention
+from logstore.storage.files import Disk
+from logstore.storage.opening import OpenStore
+
+DEADLINE_S: Final = 60.0
+_MODES: Final = ("always", "interval", "os")
+_POLICIES: Final = ("degrade", "raise")
+_ACT: Final = 100
+"""Number of the life that is interrupted."""
+_KEPT: Final = 40
+_KIB: Final = 1 << 10
+_SQLITE_FILES: Final = ("", "-wal", "-shm")
+
+
+def catalogue(folder: Path) -> Path:
+    """Return the path of the store in the folder of a scenario."""
+    return folder / "store" / "events.db"
+
+
+class Scenario:
+    """Work on a store that is interrupted.
+
+    Args:
+        folder: Where the store that it begins with is made.
+        seed: What everything is drawn from, but for ids and times.
+        variation: Which of its variations.
+
+    Attributes:
+        name: What it is called.
+        told: What is known of the store that it begins with.
+        prepared: The folder of that.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: Path, seed: int, variation: int) -> None:
+        self.told = Told()
+        self.prepared = folder
+        self.variation = variation
+        self.rng = random.Random(f"{seed} {self.name} {variation}")
+        shutil.rmtree(folder, ignore_errors=True)
+        catalogue(folder).parent.mkdir(parents=True)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the store that it begins with."""
+        raise NotImplementedError
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        """Do the work, in a child, on a copy of the store."""
+        raise NotImplementedError
+
+    def examine(self, folder: Path, told: Told) -> int:
+        """Look at what is left; return how many events were compared.
+
+        Raises:
+            BrokenPromiseError: With what is wrong.
+        """
+        check_unopened(catalogue(folder), told, may_refuse=self.may_refuse(told))
+        return check_opened(catalogue(folder), told, LogOptions())
+
+    def may_refuse(self, told: Told) -> bool:
+        """Whether who only looks may be refused before somebody opens the store."""
+        return False
+
+    # What they share.
+
+    def options(self, **changes: Any) -> LogOptions:
+        """Return options that differ from one variation to the next."""
+        chosen = {
+            "durability": _MODES[self.variation % 3],
+            "on_write_failure": _POLICIES[self.variation // 3 % 2],
+            "sync_interval_s": 0.01,
+            "segment_bytes": 64 * _KIB,
+            "memory_bytes": 8 << 20,
+            "cached_events_per_stream": 10,
+        }
+        return LogOptions(**{**chosen, **changes})
+
+    def life(self, number: int, rounds: Sequence[Sequence[int]], **changes: Any) -> Life:
+        """Return a life whose streams are drawn by the scenario."""
+        options = changes.pop("options", None) or self.options()
+        return Life(number, options, rounds, seed=self.rng.randrange(1 << 30), **changes)
+
+    def live_once(self, life: Life) -> None:
+        """Have a life before the one that is interrupted."""
+        asyncio.run(live(catalogue(self.prepared), Hand(self.told.hear), life))
+
+    def die_once(self, life: Life, first: Job | None = None) -> None:
+        """Have a life whose process is killed at its end."""
+        path = catalogue(self.prepared)
+
+        def act(say: Callable[[str], None]) -> None:
+            hand = Hand(say)
+            hand.watch()
+            asyncio.run(live(path, hand, life, first=first, end=lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+        status = run_watched(act, _Bystander(self.told), self.prepared, DEADLINE_S)
+        if status != -signal.SIGKILL or self.told.odd:
+            raise BrokenPromiseError(f"the life before ended with {status}: {self.told.odd}")
+
+
+class _Bystander:
+    """Lets all calls go, and listens."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+
+    def call(self, call: DiskCall) -> Fate:
+        """Let it go."""
+        return "go"
+
+    def word(self, line: str) -> None:
+        """Pass it on."""
+        self._told.hear(line)
+
+
+class Append(Scenario):
+    """Appends of several tasks, from the opening, which makes the store in every other variation, to the close."""
+
+    name = "append"
+
+    def prepare(self) -> None:
+        if self.variation % 2:
+            self.live_once(self.life(0, [[1, 3, 2]]))
+
+    def may_refuse(self, told: Told) -> bool:
+        # There may be no store yet.
+        return not told.stored
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        rounds = [[self.rng.choice((1, 1, 1, 2, 7)) for _ in range(8)] for _ in range(2)]
+        life = self.life(_ACT, rounds, options=self.options(checkpoint_interval_s=60.0))
+        asyncio.run(live(catalogue(folder), hand, life, begin="opening"))
+
+
+class Roll(Scenario):
+    """Appends that fill one journal file after another."""
+
+    name = "roll"
+
+    def prepare(self) -> None:
+        self.live_once(self.life(0, [[5]]))
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        small = self.options(
+            journal_file_bytes=64 * _KIB, journal_bytes=256 * _KIB, checkpoint_interval_s=self.rng.choice((0.01, 60.0))
+        )
+        rounds = [[self.rng.randrange(20, 60) for _ in range(4)] for _ in range(2)]
+        asyncio.run(live(catalogue(folder), hand, self.life(_ACT, rounds, options=small)))
+
+
+class Checkpoint(Scenario):
+    """Rounds of appends, each brought into segments: packs, files of a stream, files that are full."""
+
+    name = "checkpoint"
+
+    def prepare(self) -> None:
+        self.live_once(self.life(0, [[20, 5]]))
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        options = self.options(
+            checkpoint_interval_s=0.01, segment_bytes=self.rng.choice((64, 512)) * _KIB, journal_file_bytes=1 << 20
+        )
+        # Six hundred of one stream get a file of its own.
+        rounds = [[3, 1], [600], [9], [100, 2], [1]]
+        asyncio.run(live(catalogue(folder), hand, self.life(_ACT, rounds, options=options, segmented=True)))
+
+
+class Compaction(Scenario):
+    """Retention and compaction of a store with many small segments, half-dead ones, and some of a dead process."""
+
+    name = "compaction"
+
+    def prepare(self) -> None:
+        options = self.options(checkpoint_interval_s=0.01)
+        rounds = [[self.rng.randrange(5, 40)] for _ in range(4)] + [[500], [20], [10]]
+        self.live_once(self.life(0, rounds, streams=4, options=options, segmented=True))
+        self.die_once(self.life(1, [[600], [15]], streams=4, options=options, segmented=True))
+        self.live_once(self.life(2, [[8], [450], [3]], streams=4, options=options, segmented=True))
+        self.told.most_events = _KEPT
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        retention = Retention(max_events=_KEPT, resume_window_s=0.0)
+        _with_store(folder, hand, [lambda store: compact(store, retention, segment_bytes=64 * _KIB)])
+
+    def examine(self, folder: Path, told: Told) -> int:
+        events = super().examine(folder, told)
+        store = open_existing(catalogue(folder))
+        try:
+            compact(store, Retention(max_events=_KEPT, resume_window_s=0.0), segment_bytes=64 * _KIB)
+        finally:
+            store.close(empty=True)
+        check_unopened(catalogue(folder), told, may_refuse=False)
+        if waste := [each.name for each in folder.glob("store/events-log/segments/*.tmp")]:
+            raise BrokenPromiseError(f"a pass of compaction leaves {waste}")
+        return events
+
+
+class Backup(Scenario):
+    """A backup of a store that has one already and a dead process's journals, and the rotation of old ones."""
+
+    name = "backup"
+
+    def prepare(self) -> None:
+        options = self.options(checkpoint_interval_s=0.01)
+        self.live_once(self.life(0, [[10], [500], [5]], options=options, segmented=True))
+        _back_up(self.prepared)
+        self.live_once(self.life(1, [[7], [3]], options=options, segmented=True))
+        self.die_once(self.life(2, [[450, 2], [2, 2]], options=self.options(checkpoint_interval_s=60.0)))
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        target = FolderTarget(folder / "pool")
+
+        def back_up(store: OpenStore) -> None:
+            create_backup(store, target)
+            hand.tell("made")
+
+        if self.variation % 2 == 0:
+            _with_store(folder, hand, [back_up, lambda _: delete_old(target, 0)])
+            return
+
+        async def back_up_own(log: Log, hand: Hand) -> None:
+            await hand.do_async(lambda: log.maintain(back_up))
+            await hand.do_async(lambda: log.maintain(lambda _: delete_old(target, 0)))
+
+        life = self.life(_ACT, [[20, 2]], options=self.options(checkpoint_interval_s=60.0))
+        asyncio.run(live(catalogue(folder), hand, life, begin="written", then=back_up_own))
+
+    def examine(self, folder: Path, told: Told) -> int:
+        events = super().examine(folder, told)
+        needed = {event_id for mark, event_id in told.stored.items() if mark.call.run <= _ACT}
+        target = FolderTarget(folder / "pool")
+        keys = target.manifests()
+        if not keys or any(check_backup(target, key) for key in keys):
+            raise BrokenPromiseError(f"backups {keys}: {[check_backup(target, key) for key in keys]}")
+        lacks = needed - self._restored(folder, keys[-1])
+        if lacks and ("made" in told.words or len(keys) > 1):
+            raise BrokenPromiseError(f"the newest of {keys} lacks {len(lacks)} events that were there before")
+        _back_up(folder)
+        delete_old(target, 0)
+        if lacks := needed - self._restored(folder, target.manifests()[-1]):
+            raise BrokenPromiseError(f"the backup that was made next lacks {len(lacks)} events")
+        if waste := [each.name for each in folder.glob("pool/**/*.tmp")]:
+            raise BrokenPromiseError(f"backups and their rotation leave {waste}")
+        return events
+
+    @staticmethod
+    def _restored(folder: Path, key: str) -> set[int]:
+        """Return the ids of what a backup has, restored elsewhere."""
+        place = folder / "elsewhere" / "events.db"
+        restore(folder / "pool" / key, place)
+        found = _ids(place)
+        shutil.rmtree(place.parent)
+        return found
+
+
+class Restore(Scenario):
+    """A restore over a store that has got on since the backup, or, in every other variation, into an empty place."""
+
+    name = "restore"
+
+    def prepare(self) -> None:
+        options = self.options(checkpoint_interval_s=0.01)
+        self.live_once(self.life(0, [[10], [500]], options=options, segmented=True))
+        _back_up(self.prepared)
+        self.new = self.told.copy()
+        if self.variation % 2:
+            shutil.rmtree(catalogue(self.prepared).parent)
+            catalogue(self.prepared).parent.mkdir()
+            self.told = Told()
+            return
+        self.live_once(self.life(1, [[7], [3]], options=options, segmented=True))
+        self.die_once(self.life(2, [[5, 2]], options=self.options(checkpoint_interval_s=60.0)))
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        hand.begin()
+        hand.do(lambda: restore(folder / "pool", catalogue(folder)), (LogstoreError,))
+        hand.tell("made")
+
+    def may_refuse(self, told: Told) -> bool:
+        return "made" not in told.words
+
+    def examine(self, folder: Path, told: Told) -> int:
+        path, new = catalogue(folder), self.new.copy()
+        is_new = self._is_new(path)
+        said = "made" if "made" in told.words else told.errors[-1] if told.errors else ""
+        if (is_new and "as it was" in said) or (not is_new and (said == "made" or "its place" in said)):
+            raise BrokenPromiseError(f"it is the {'new' if is_new else 'old'} store, and was told: {said}")
+        # Exactly the one or the other.
+        left = new if is_new else told
+        check_unopened(path, left, may_refuse=self.may_refuse(told))
+        events = check_opened(path, left, LogOptions())
+        restore(folder / "pool", path)
+        again = self.new.copy()
+        check_unopened(path, again, may_refuse=False)
+        check_opened(path, again, LogOptions())
+        if again.highest_id <= (highest := max(told.highest_id, new.highest_id)):
+            raise BrokenPromiseError(f"id {again.highest_id} was given out after {highest}")
+        return events
+
+    def _is_new(self, path: Path) -> bool:
+        """Tell which of the two stores it is; what was decided is finished by an opening."""
+        try:
+            found = _ids(path)
+        except LogstoreError:
+            OpenStore(Disk(), path, LogOptions().segment_bytes).close(empty=True)
+            found = _ids(path)
+        return found == set(self.new.stored.values())
+
+
+class Adoption(Scenario):
+    """An opening that finds the journals of dead processes, takes their sessions over, and writes to their streams."""
+
+    name = "adoption"
+
+    def prepare(self) -> None:
+        options = self.options(checkpoint_interval_s=60.0)
+
+        # One dies with its lane free for who opens next; the other's lane has to be adopted beside it.
+        self.die_once(self.life(0, [[12, 3]], options=options, prefix="a"), lambda *of: _open_sessions(*of, ["a0", "a1"]))
+        self.die_once(self.life(1, [[50, 3], [20]], options=options, prefix="b"), lambda *of: _open_sessions(*of, ["b0"]))
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        life = self.life(_ACT, [[3], [2]], options=self.options(checkpoint_interval_s=0.01), prefix="b")
+        asyncio.run(live(catalogue(folder), hand, life, begin="opening", first=_take_sessions))
+
+
+async def _open_sessions(log: Log, hand: Hand, keys: Sequence[str]) -> None:
+    incarnation = str(await log.sessions.incarnation())
+    for key in keys:
+        await log.sessions.open(key, b"state")
+        hand.tell("session", key, incarnation, True)
+
+
+async def _take_sessions(log: Log, hand: Hand) -> None:
+    """Take over what dead processes served; go on with one session, release one, end one."""
+    own = str(await log.sessions.incarnation())
+
+    async def change(key: str, state: str, job: Callable[[str], Awaitable[object]]) -> None:
+        hand.tell("session", key, state, False)
+        await hand.do_async(functools.partial(job, key))
+        hand.tell("session", key, state, True)
+
+    for key in ("a0", "a1", "b0"):
+        await change(key, own, log.sessions.take_over)
+        session = await log.sessions.find(key)
+        if session is None or str(session.incarnation) != own:
+            raise BrokenPromiseError(f"session {key} of a dead process is {session}, and was taken over by {own}")
+    await change("a0", "released", log.sessions.release)
+    await change("a1", "none", log.sessions.end)
+
+
+class Reindex(Scenario):
+    """The index made again: of a whole one, a lost one, a damaged one, and one from before the last segments."""
+
+    name = "reindex"
+
+    def prepare(self) -> None:
+        path = catalogue(self.prepared)
+        options = self.options(checkpoint_interval_s=0.01)
+        self.live_once(self.life(0, [[10], [500], [5]], options=options, segmented=True))
+        shutil.copy(path, path.with_name("older"))
+        self.live_once(self.life(1, [[7], [30]], options=options, segmented=True))
+        kind = self.variation % 4
+        if kind == 1:
+            path.unlink()
+        elif kind == 2:
+            path.write_bytes(b"no database at all, " * 200)
+        elif kind == 3:
+            path.with_name("older").replace(path)
+        path.with_name("older").unlink(missing_ok=True)
+
+    def may_refuse(self, told: Told) -> bool:
+        return self.variation % 4 != 0 and "made" not in told.words
+
+    def act(self, folder: Path, hand: Hand) -> None:
+        hand.begin()
+        hand.do(lambda: reindex_at(catalogue(folder)), (LogstoreError,))
+        hand.tell("made")
+
+
+def _with_store(folder: Path, hand: Hand, jobs: Sequence[Callable[[OpenStore], object]]) -> None:
+    """Do work on the open files of a store, as a command does."""
+    store = open_existing(catalogue(folder))
+    hand.begin()
+    with contextlib.suppress(EndedError):
+        for job in jobs:
+            hand.do(functools.partial(job, store))
+    hand.mend()
+    with hand.closing():
+        store.close(empty=True)
+
+
+def _ids(path: Path) -> set[int]:
+    return {event_id for events in look(path).values() for event_id, _ in events}
+
+
+def _back_up(folder: Path) -> None:
+    store = open_existing(catalogue(folder))
+    try:
+        create_backup(store, FolderTarget(folder / "pool"))
+    finally:
+        store.close(empty=True)
+
+
+SCENARIOS: Final[tuple[type[Scenario], ...]] = (
+    Append,
+    Roll,
+    Checkpoint,
+    Compaction,
+    Backup,
+    Restore,
+    Adoption,
+    Reindex,
+)
