@@ -30,8 +30,8 @@ Kind = Literal["read", "open", "create", "write", "extend", "sync", "rename", "u
 """What a call does; all but the first two change something."""
 
 Fate = Literal["go", "kill", "tear", "short"] | int
-"""What becomes of a call: it is done; the process dies before it, or after half of a write; half of a write is done,
-and the call says so; or it fails with an errno."""
+"""What becomes of a call: it is done; the process dies before it, or after some pages of a write; some pages are
+written, and the call says so; or it fails with an errno."""
 
 _SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
 _CALLS: Final[dict[str, dict[int, str]]] = {
@@ -86,6 +86,7 @@ _RECEIVE: Final = 0xC0502100
 _SEND: Final = 0xC0182101
 _CONTINUE: Final = 1
 _MOST_PATH_BYTES: Final = 4096
+_PAGE: Final = 4096
 _WORD_BYTES: Final = 1 << 16
 _POLL_MS: Final = 1000
 _LAST_WORDS_S: Final = 2.0
@@ -96,17 +97,26 @@ class DiskCall(NamedTuple):
 
     Attributes:
         kind: What it does.
-        path: The file or folder; of a rename the new name.
-        tearable: Whether a half of it can be done: a write of more than a byte at a place that it names.
+        path: The file or folder; of a rename its new name.
+        tearable: Whether a part of it can be done: a write to more than one page. The kernel looks for a kill, and for
+            room, page by page: no crash of a process tears what lies within one.
     """
 
     kind: Kind
-    path: Path
+    path: str
     tearable: bool = False
 
 
 class Judge(Protocol):
-    """Who is asked what becomes of the child's calls, and told what it says."""
+    """Who is asked what becomes of the child's calls, and told what it says.
+
+    Attributes:
+        reads: Whether calls that only read are asked about, too.
+        listens: Whether calls are asked about at this moment.
+    """
+
+    reads: bool
+    listens: bool
 
     def call(self, call: DiskCall) -> Fate:
         """Decide over a call."""
@@ -151,7 +161,7 @@ def run_watched(work: Callable[[Say], None], judge: Judge, folder: Path, deadlin
     pid = os.fork()
     if pid == 0:
         parent.close()
-        _be_child(work, child)
+        _be_child(work, child, reads=judge.reads)
     child.close()
     with parent:
         try:
@@ -165,7 +175,7 @@ def run_watched(work: Callable[[Say], None], judge: Judge, folder: Path, deadlin
     return os.waitstatus_to_exitcode(status)
 
 
-def _be_child(work: Callable[[Say], None], channel: socket.socket) -> None:
+def _be_child(work: Callable[[Say], None], channel: socket.socket, *, reads: bool) -> None:
     status = 1
     mutex = threading.Lock()
 
@@ -175,7 +185,7 @@ def _be_child(work: Callable[[Say], None], channel: socket.socket) -> None:
 
     try:
         faulthandler.register(signal.SIGUSR1, channel.fileno())
-        listener = _ask_about_calls()
+        listener = _ask_about_calls(reads=reads)
         socket.send_fds(channel, [b"."], [listener])
         os.close(listener)
         work(say)
@@ -187,10 +197,10 @@ def _be_child(work: Callable[[Say], None], channel: socket.socket) -> None:
         os._exit(status)
 
 
-def _ask_about_calls() -> int:
+def _ask_about_calls(*, reads: bool) -> int:
     """Put the filter over this process, and return the descriptor by which another one is asked."""
     machine = platform.machine()
-    numbers = _CALLS[machine]
+    numbers = [number for number, name in _CALLS[machine].items() if reads or name not in ("read", "pread")]
     program = [_LOAD_NUMBER]
     program += [(_JUMP_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
     program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ASK)]
@@ -274,17 +284,17 @@ class _Watch:
             return
         asked, thread, _, number, _, _, *arguments = _QUESTION.unpack(buffer)
         question = _Question(asked, thread, self._names[number], tuple(arguments))
-        call = self._described(question)
+        call = self._described(question) if self._judge.listens else None
         fate: Fate = "go" if call is None else self._judge.call(call)
         if isinstance(fate, int):
             self._reply(asked, error=-fate)
         elif fate == "short":
-            self._reply(asked, value=self._do_half(question))
+            self._reply(asked, value=self._do_part(question))
         elif fate == "go":
             self._reply(asked, flags=_CONTINUE)
         else:
             if fate == "tear":
-                self._do_half(question)
+                self._do_part(question)
             os.kill(self._pid, signal.SIGKILL)
 
     def _reply(self, asked: int, value: int = 0, error: int = 0, flags: int = 0) -> None:
@@ -304,14 +314,13 @@ class _Watch:
         if not path.startswith(self._folder):
             return None
         kind = self._kind(name, arguments, path)
-        return kind and DiskCall(kind, Path(path), name == "pwrite" and arguments[2] > 1)
+        return kind and DiskCall(kind, path, name == "pwrite" and _whole_pages(*arguments[2:4]) > 0)
 
     def _kind(self, name: str, arguments: tuple[int, ...], path: str) -> Kind | None:
-        there = os.path.lexists(path)
         match name:
             case "open" | "openat":
                 creates = arguments[1 if name == "open" else 2] & os.O_CREAT
-                return "create" if creates and not there else "open"
+                return "create" if creates and not os.path.lexists(path) else "open"
             case "read" | "pread":
                 return "read"
             case "write" | "pwrite":
@@ -323,9 +332,9 @@ class _Watch:
             case "rename" | "renameat":
                 return "rename"
             case "mkdir" | "mkdirat":
-                return None if there else "mkdir"
+                return None if os.path.lexists(path) else "mkdir"
             case _:
-                return "unlink" if there else None
+                return "unlink" if os.path.lexists(path) else None
 
     def _path_of(self, thread: int, fd: int) -> str:
         try:
@@ -337,12 +346,17 @@ class _Watch:
     def _text(self, address: int) -> str:
         return os.pread(self._memory, _MOST_PATH_BYTES, address).partition(b"\0")[0].decode(errors="replace")
 
-    def _do_half(self, question: _Question) -> int:
-        """Write the first half of what a call would write; return how many bytes."""
+    def _do_part(self, question: _Question) -> int:
+        """Write the first pages of what a call would write; return how many bytes."""
         fd, address, length, offset, *_ = question.arguments
-        data = os.pread(self._memory, length // 2, address)
+        data = os.pread(self._memory, _whole_pages(length, offset), address)
         own = os.open(f"/proc/{question.thread}/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             return os.pwrite(own, data, offset)
         finally:
             os.close(own)
+
+
+def _whole_pages(length: int, offset: int) -> int:
+    """Return how many bytes of a write lie before the page boundary in its middle; 0 when it is within one page."""
+    return max(0, (offset + length // 2 + _PAGE // 2) // _PAGE * _PAGE - offset) % max(1, length)

@@ -8,22 +8,20 @@ import logging
 import sqlite3
 from collections.abc import Generator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from crash_kill import BrokenPromiseError
 from crash_life import read_stream
-from crash_told import Contents, Told
-from crash_writer import DEADLINE_S, Call, Mark, payload_of
+from crash_told import Contents, Told, payload_of
+from crash_writer import DEADLINE_S, Call, Mark
 from logstore.errors import LogstoreError
 from logstore.ops.access import StoreView
 from logstore.ops.verify.store import verify
-from logstore.storage import Log, LogOptions
+from logstore.storage import Log
 
 LAST_LIFE: Final = 1_000
 _WHAT_TO_DO: Final = ("reindex", "opens it", "try again", "give the path")
 """What an error says that is no dead end."""
-
-_T = TypeVar("_T")
 
 
 def look(path: Path) -> Contents:
@@ -60,13 +58,13 @@ def check_unopened(path: Path, told: Told, *, may_refuse: bool) -> None:
         raise BrokenPromiseError(f"verify of the unopened store: {findings[:3]}")
 
 
-def check_opened(path: Path, told: Told, options: LogOptions) -> int:
+def check_opened(path: Path, told: Told, given_out: int = 0) -> int:
     """Open a store, compare, append an event, close it and verify.
 
     Args:
         path: The catalogue.
         told: What was told.
-        options: How it is opened.
+        given_out: An id that no new one may be below, beside those that were told.
 
     Returns:
         How many events were compared.
@@ -77,9 +75,8 @@ def check_opened(path: Path, told: Told, options: LogOptions) -> int:
     errors = _Errors()
     with errors.heard():
         try:
-            events = asyncio.run(_use(path, told, options))
+            events = asyncio.run(_use(path, told, given_out))
             findings = verify(path).findings
-            told.check(look(path))
         except (LogstoreError, OSError, sqlite3.Error) as error:
             raise BrokenPromiseError(f"the store cannot be opened and read: {error!r}") from error
     if findings:
@@ -89,8 +86,8 @@ def check_opened(path: Path, told: Told, options: LogOptions) -> int:
     return events
 
 
-async def _use(path: Path, told: Told, options: LogOptions) -> int:
-    async with asyncio.timeout(DEADLINE_S), Log(path, options) as log:
+async def _use(path: Path, told: Told, given_out: int) -> int:
+    async with asyncio.timeout(DEADLINE_S), Log(path) as log:
         if log.health().status != "ok":
             raise BrokenPromiseError(f"after reopening: {log.health()}")
         summaries = {summary.stream: summary.events for summary in log.stream_summaries()}
@@ -103,14 +100,14 @@ async def _use(path: Path, told: Told, options: LogOptions) -> int:
             if events and (found := await log.stream_of(str(events[-1][0]))) != stream:
                 raise BrokenPromiseError(f"event {events[-1][0]} of {stream} is said to be in {found}")
         await _check_sessions(log, told)
-        highest = told.highest_id
-        for stream in sorted(contents)[:2] or ["first"]:
-            mark = Mark(stream, Call(LAST_LIFE, 0, 0, len(told.stored)), 0, 1)
-            event_id = int(await log.append(stream, payload_of(mark)))
-            if event_id <= highest:
-                raise BrokenPromiseError(f"id {event_id} was given out after {highest}")
-            told.stored[mark] = event_id
-        told.check({stream: await read_stream(log, stream) for stream in sorted(contents) or ["first"]})
+        stream = next(iter(contents), "first")
+        mark = Mark(stream, Call(LAST_LIFE, 0, 0, len(told.stored)), 0, 1)
+        highest = max(told.highest_id, given_out)
+        event_id = int(await log.append(stream, payload_of(mark)))
+        if event_id <= highest:
+            raise BrokenPromiseError(f"id {event_id} was given out after {highest}")
+        told.stored[mark] = event_id
+        told.check({**contents, stream: await read_stream(log, stream)})
     return sum(counts.values())
 
 

@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from crash_writer import Call, Mark, mark_of, payload_of
+from crash_told import LARGE_CALL, mark_of, payload_of
+from crash_writer import Call, Mark
 from logstore.errors import LogstoreError, WriteFailedError
 from logstore.storage import Log, LogOptions
 
@@ -27,8 +28,6 @@ WRITERS: Final = 3
 _POLL_S: Final = 0.002
 _PATIENCE_S: Final = 20.0
 _CLEAR: Final = (LogstoreError, OSError, sqlite3.Error)
-_LARGE_CALL: Final = 100
-"""Events of one call from which on they are all of one stream, so that it gets a file of its own."""
 
 _T = TypeVar("_T")
 
@@ -145,7 +144,7 @@ class Life:
     Attributes:
         number: Which life of the store it is: later lives' events come after earlier ones'.
         options: How the store is opened.
-        rounds: Of each round, how many events each call of a writer has.
+        rounds: Of each round, how many events each call of a writer has; of the large ones the first alone makes one.
         streams: How many streams there are.
         seed: What streams are chosen by.
         prefix: What their names begin with.
@@ -174,9 +173,10 @@ class Life:
     async def _write(self, log: Log, hand: Hand, writer: int, first: int, counts: Sequence[int]) -> None:
         rng = random.Random(f"{self.seed} {self.number} {writer} {first}")
         names = [f"{self.prefix}{number}" for number in range(self.streams)]
-        for number, count in enumerate(counts, first):
+        for number, wanted in enumerate(counts, first):
             call = Call(self.number, 0, writer, number)
-            streams = rng.choices(names, k=count) if count < _LARGE_CALL else [names[writer]] * count
+            count = 1 if wanted >= LARGE_CALL and writer else wanted
+            streams = rng.choices(names, k=count) if count < LARGE_CALL else [names[0]] * count
             marks = [Mark(stream, call, place, count) for place, stream in enumerate(streams)]
             hand.tell("begun", call)
             try:

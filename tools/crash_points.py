@@ -14,7 +14,7 @@ from crash_trials import CallJudge, Trials, is_change, named
 
 
 class KillPoint(NamedTuple):
-    """Which change of the disk a process does not live to see, and whether a half of that write is done."""
+    """Which change of the disk a process does not live to see, and whether some pages of that write are done."""
 
     at: int
     tears: bool
@@ -76,7 +76,7 @@ class PointsCampaign:
 
     def __init__(self, folder: Path, seed: int, only: str = "") -> None:
         self._seed = seed
-        self._trials = Trials(folder, seed, only, places, parse)
+        self._trials = Trials(folder, seed, only, places, parse, reads=False)
         self.figures: Counter[str] = Counter()
 
     def run(self, number: int) -> None:
@@ -89,7 +89,7 @@ class PointsCampaign:
         copy, told = self._trials.copied(trial.scenario)
         killer = Killer(trial.place)
         with named("points", self._seed, trial, told):
-            status = self._trials.do(trial.scenario, copy, CallJudge(told, killer), None)
+            status = self._trials.do(trial.scenario, copy, CallJudge(told, killer, reads=False), None)
             if status != (-signal.SIGKILL if killer.killed else 0):
                 raise BrokenPromiseError(f"it ended with {status}")
             self.figures["events compared"] += trial.scenario.examine(copy, told)
@@ -102,8 +102,8 @@ class PointsCampaign:
             return
         self.figures["kills"] += 1
         self.figures[f"kills in {scenario}"] += 1
-        self.figures["kills at a half of a write"] += point.tears and killed.tearable
-        self.figures["kills at a call of SQLite"] += killed.path.name.startswith("events.db")
+        self.figures["kills in the middle of a write"] += point.tears and killed.tearable
+        self.figures["kills at a call of SQLite"] += "/events.db" in killed.path
 
     def finish(self) -> None:
         """Tell how many points there were."""

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-import crash_writer
 from crash_kill import BrokenPromiseError
 from crash_writer import Call, Mark
 
-mark_of = functools.lru_cache(maxsize=20_000)(crash_writer.mark_of)
-"""What a payload says of its event; the same ones are looked at thousands of times."""
+LARGE_CALL: Final = 60
+"""Events of one call from which on they are large, so that their stream gets a file of its own."""
+_LARGE_BYTES: Final = 5_000
+_CACHED: Final = 20_000
 
 Contents = Mapping[str, Sequence[tuple[int, bytes]]]
 """Of each stream `(id, payload)`, in order."""
+
+
+def payload_of(mark: Mark) -> bytes:
+    """Return the payload of an event: its mark, and bytes that follow from it."""
+    text = "|".join(map(str, (mark.stream, *mark.call, mark.place, mark.of))).encode() + b"|"
+    digest = hashlib.shake_128(text)
+    size = _LARGE_BYTES if mark.of >= LARGE_CALL else 50 + 3 * digest.digest(1)[0]
+    return text + digest.digest(size)
+
+
+# The same ones are looked at thousands of times.
+@functools.lru_cache(_CACHED)
+def mark_of(payload: bytes) -> Mark | None:
+    """Return what a payload says, or None when it is not what was stored."""
+    fields = payload.split(b"|", 7)
+    try:
+        run, process, writer, number, place, count = map(int, fields[1:7])
+        mark = Mark(fields[0].decode(), Call(run, process, writer, number), place, count)
+    except ValueError:
+        return None
+    return mark if payload_of(mark) == payload else None
 
 
 class Told:

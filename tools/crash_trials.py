@@ -46,26 +46,30 @@ class CallJudge:
     Args:
         told: Who hears it.
         interrupter: Who decides; None to let all go.
+        reads: Whether calls that only read are counted.
 
     Attributes:
+        reads: As given.
+        listens: Whether the work has begun.
         calls: What was counted.
     """
 
-    def __init__(self, told: Told, interrupter: Interrupter | None = None) -> None:
+    def __init__(self, told: Told, interrupter: Interrupter | None = None, *, reads: bool) -> None:
         self._told = told
         self._interrupter = interrupter
+        self.reads = reads
+        self.listens = False
         self.calls: list[DiskCall] = []
 
     def call(self, call: DiskCall) -> Fate:
         """Count a call and ask."""
-        if "begin" not in self._told.words:
-            return "go"
         self.calls.append(call)
         return "go" if self._interrupter is None else self._interrupter.call(call)
 
     def word(self, line: str) -> None:
         """Pass on a line."""
         self._told.hear(line)
+        self.listens = "begin" in self._told.words
         if self._interrupter is not None and "mend" in self._told.words:
             self._interrupter.mend()
 
@@ -99,6 +103,7 @@ class Trials(Generic[_I]):
         only: Name of the one trial, empty for all in turn.
         places: Lists the interruptions of some work, by the calls that it makes when nothing interrupts it.
         parse: Reads an interruption's name.
+        reads: Whether calls that only read can be interrupted.
 
     Attributes:
         figures: How many places there were in all, by scenario.
@@ -111,6 +116,8 @@ class Trials(Generic[_I]):
         only: str,
         places: Callable[[list[DiskCall]], list[_I]],
         parse: Callable[[str], _I],
+        *,
+        reads: bool,
     ) -> None:
         if not is_supported():
             raise SystemExit("this campaign stops the system calls of a process: it needs Linux on x86-64 or ARM64")
@@ -119,6 +126,7 @@ class Trials(Generic[_I]):
         self._only = only
         self._places = places
         self._parse = parse
+        self._reads = reads
         self._left: dict[str, list[_I]] = {}
         self._scenarios: dict[str, Scenario] = {}
         self.figures: Counter[str] = Counter()
@@ -146,7 +154,7 @@ class Trials(Generic[_I]):
         """Begin a variation: do the work once to the end, and list where it can be interrupted."""
         scenario = self._prepare(kind, variation)
         copy, told = self.copied(scenario)
-        judge = CallJudge(told)
+        judge = CallJudge(told, reads=self._reads)
         status = self.do(scenario, copy, judge, None)
         if status or told.odd:
             raise BrokenPromiseError(f"{kind.name}/{variation} ends with {status} by itself: {told.odd}")
