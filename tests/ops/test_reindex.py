@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import logstore.ops.reindex
 from logstore.cli import main
-from logstore.errors import NotAStoreError
+from logstore.errors import NotAStoreError, WriteFailedError
 from logstore.ops.reindex import reindex_at
 from logstore.storage import Log
 from tests.engine import deadline, eventually, in_segments, process, read_all, small
@@ -160,6 +160,15 @@ def test_there_must_be_a_store(path: Path) -> None:
     with pytest.raises(NotAStoreError):
         reindex_at(path)
     assert list(path.parent.iterdir()) == []
+
+
+async def test_a_catalogue_that_cannot_be_opened_is_told_clearly(path: Path) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 2)
+    # SQLite finds no file where it needs one, and says no more than that it cannot.
+    path.with_name("events.db-wal").mkdir()
+    with pytest.raises(WriteFailedError, match="it is as it was|cannot be opened"):
+        reindex_at(path)
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:

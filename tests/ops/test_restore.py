@@ -107,6 +107,16 @@ def test_a_backup_takes_the_place_of_a_closed_store(path: Path, pool: Path) -> N
     assert not {"restoring", "replaced", "replacing"} & {file.name for file in (path.parent / "events-log").iterdir()}
 
 
+def test_a_store_whose_catalogue_cannot_be_opened_is_replaced_all_the_same(path: Path, pool: Path) -> None:
+    write(path, 20)
+    before = contents(path)
+    back_up(path, pool)
+    # SQLite finds no file where it needs one, and says no more than that it cannot open the database.
+    path.with_name("events.db-wal").mkdir()
+    restore(pool, path)
+    assert contents(path) == before
+
+
 def test_the_write_ahead_log_of_the_old_catalogue_does_not_pass_for_the_new_ones(
     path: Path, pool: Path, tmp_path: Path
 ) -> None:

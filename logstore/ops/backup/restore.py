@@ -130,7 +130,11 @@ def restore_from(
 
 
 def _refuse_foreign(path: Path, root: Path) -> None:
-    if inspect_file(path, look_only=True) == "damaged" and not (root / "registry.log").exists():
+    try:
+        found = inspect_file(path, look_only=True)
+    except sqlite3.Error:
+        found = "damaged"
+    if found == "damaged" and not (root / "registry.log").exists():
         raise NotAStoreError(f"{path} is not a SQLite database, nothing was written; give another path")
 
 
