@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, Protocol
 try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
+    from crash_errors import ErrorsCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
     from crash_points import PointsCampaign
     from crash_resume import ResumeCampaign
@@ -93,6 +94,17 @@ _KINDS: Final = {
         "store opened by itself and verified well; of backups and restores the old or the new was whole",
         "a process killed at every change of its disk, in eight kinds of work",
         "Kill a process at the n-th system call that changes its disk, SQLite's included, for every n.",
+        runs=4000,
+        sizes={"only": ""},
+    ),
+    "errors": _Kind(
+        ErrorsCampaign,
+        "faults",
+        "no process broke; each error was clear, and work went on once the disk was well again; nothing that was "
+        "acknowledged as durable was lost",
+        "every system call on the store's files made to fail, in eight kinds of work",
+        "Have the n-th system call on the store's files fail, SQLite's included: EIO, ENOSPC, a short write; once, until "
+        "the disk is mended, or to the end.",
         runs=4000,
         sizes={"only": ""},
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import random
@@ -167,8 +168,8 @@ class Life:
                 for writer in range(WRITERS):
                     tasks.create_task(self._write(log, hand, writer, numbers[writer], round_))
             numbers = [number + len(round_) for number in numbers]
-            if self.segmented and not hand.may_fail:
-                await eventually(lambda: log.stats().unsegmented_bytes == 0, "in segments")
+            if self.segmented:
+                await eventually(lambda: _is_segmented(log, hand), "in segments")
 
     async def _write(self, log: Log, hand: Hand, writer: int, first: int, counts: Sequence[int]) -> None:
         rng = random.Random(f"{self.seed} {self.number} {writer} {first}")
@@ -190,6 +191,17 @@ class Life:
                 hand.tell("stored" if certain else "kept", call, list(zip(streams, ids, strict=True)))
             # In the modes without a sync an append may not suspend at all.
             await asyncio.sleep(0)
+
+
+def _is_segmented(log: Log, hand: Hand) -> bool:
+    """Whether all is in segments, or cannot be brought there while something fails."""
+    try:
+        return log.stats().unsegmented_bytes == 0 or (hand.may_fail and log.health().status != "ok")
+    except LogstoreError as error:
+        if not hand.may_fail:
+            raise
+        hand.tell("error", f"{type(error).__name__}: {error}")
+        return True
 
 
 async def _append(log: Log, marks: Sequence[Mark]) -> list[str]:
@@ -248,8 +260,9 @@ async def _settle(log: Log, hand: Hand) -> None:
         return
     await eventually(lambda: log.health().status == "ok" and not log.health().volatile_events, "well again")
     hand.tell("well")
-    for stream in sorted(summary.stream for summary in log.stream_summaries()):
-        hand.tell("shown", stream, [_shown(*event) for event in await read_stream(log, stream)])
+    for stream in sorted(summary.stream for summary in hand.do(log.stream_summaries)):
+        events = await hand.do_async(functools.partial(read_stream, log, stream))
+        hand.tell("shown", stream, [_shown(*event) for event in events])
 
 
 def _shown(event_id: int, payload: bytes) -> list[Any]:

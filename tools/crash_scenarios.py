@@ -347,8 +347,12 @@ class Adoption(Scenario):
         options = self.options(checkpoint_interval_s=60.0)
 
         # One dies with its lane free for who opens next; the other's lane has to be adopted beside it.
-        self.die_once(self.life(0, [[12, 3]], options=options, prefix="a"), lambda *of: _open_sessions(*of, ["a0", "a1"]))
-        self.die_once(self.life(1, [[50, 3], [20]], options=options, prefix="b"), lambda *of: _open_sessions(*of, ["b0"]))
+        self.die_once(
+            self.life(0, [[12, 3]], options=options, prefix="a"), lambda *of: _open_sessions(*of, ["a0", "a1"])
+        )
+        self.die_once(
+            self.life(1, [[50, 3], [20]], options=options, prefix="b"), lambda *of: _open_sessions(*of, ["b0"])
+        )
 
     def act(self, folder: Path, hand: Hand) -> None:
         life = self.life(_ACT, [[3], [2]], options=self.options(checkpoint_interval_s=0.01), prefix="b")

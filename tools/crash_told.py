@@ -204,4 +204,6 @@ class Told:
                 raise BrokenPromiseError(f"{call} is there, and was never begun, or refused")
             count = next(mark.of for mark in others if mark.call == call)
             if events != count and self.most_events is None:
-                raise BrokenPromiseError(f"{events} of the {count} events of {call} are there, all or none were promised")
+                raise BrokenPromiseError(
+                    f"{events} of the {count} events of {call} are there, all or none were promised"
+                )
