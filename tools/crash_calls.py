@@ -191,7 +191,7 @@ def _be_child(work: Callable[[Say], None], channel: socket.socket, *, reads: boo
         work(say)
         status = 0
     except BaseException:
-        say(f"traceback {traceback.format_exc()!r}")
+        say(traceback.format_exc().rstrip())
     finally:
         # Without what an interpreter does at its end: that is the parent's.
         os._exit(status)

@@ -197,7 +197,7 @@ def _is_segmented(log: Log, hand: Hand) -> bool:
     """Whether all is in segments, or cannot be brought there while something fails."""
     try:
         return log.stats().unsegmented_bytes == 0 or (hand.may_fail and log.health().status != "ok")
-    except LogstoreError as error:
+    except _CLEAR as error:
         if not hand.may_fail:
             raise
         hand.tell("error", f"{type(error).__name__}: {error}")

@@ -16,6 +16,8 @@ from crash_life import EndedError, Hand, Until
 from crash_scenarios import DEADLINE_S, SCENARIOS, Scenario
 from crash_told import Told
 
+_LINES: Final = 12
+"""Of a traceback, say."""
 _CHANGES: Final = frozenset(("create", "write", "extend", "sync", "rename", "unlink", "mkdir"))
 
 
@@ -202,6 +204,6 @@ def named(campaign: str, seed: int, trial: Trial[_I], told: Told) -> Generator[N
         if told.odd:
             raise BrokenPromiseError("what must not be said at all")
     except BrokenPromiseError as error:
-        told_last = "".join(f"\n  {line}" for line in (*told.errors[-3:], *told.odd))
+        told_last = "".join(f"\n  {line}" for line in (*told.errors[-3:], *told.odd[-_LINES:]))
         again = f"python tools/crash.py {campaign} --runs 1 --seed {seed} --only {trial}"
         raise BrokenPromiseError(f"{trial}: {error}{told_last}\nthis one alone:  {again}") from error
