@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from logstore.errors import FormatVersionError, NotAStoreError
+from logstore.errors import DamageError, FormatVersionError, NotAStoreError
 from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION
 
 _BUSY_TIMEOUT_S: Final = 10.0
@@ -18,6 +19,21 @@ def is_damage(error: BaseException) -> bool:
     """Whether an error says that the file is damaged, or no database; not that the disk refuses or a lock is held."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
     return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+@contextlib.contextmanager
+def damage_of(path: Path) -> Generator[None]:
+    """Raise damage that SQLite finds in the block as that of a certain file, where another one is worked on, too.
+
+    Raises:
+        DamageError: The file is damaged.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        raise DamageError(path, 0, 0, f"SQLite says: {error}") from error
 
 
 def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Connection:

@@ -16,7 +16,7 @@ from typing import Final
 from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, StoreLockedError, WriteFailedError
 from logstore.storage.catalogue import Catalogue
 from logstore.storage.checkpoint import Journal, SegmentStore
-from logstore.storage.database import inspect_file, is_damage
+from logstore.storage.database import damage_of, inspect_file, is_damage
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
@@ -248,17 +248,17 @@ class OpenStore:
         On return it is on disk. What retention has noted stays, when it can be read.
 
         Raises:
-            OSError, sqlite3.Error: The disk refused; the index is the one that was there.
+            OSError, sqlite3.Error: The disk refused; the index is the one that was there, unless that was damaged: then
+                there is none, and the next opening makes it.
         """
         with self.checkpoint_lock():
             self._keep_catalogue()
             try:
                 # The other one's write-ahead log goes before it does: a crash in between must leave it whole.
-                self.catalogue.fold_wal()
+                with damage_of(self._path):
+                    self.catalogue.fold_wal()
                 indexed = self._make_index(progress)
-            except sqlite3.DatabaseError as error:
-                if not is_damage(error):
-                    raise
+            except DamageError:
                 self._set_catalogue_aside()
                 indexed = self._make_index(progress)
             self.catalogue.open()
