@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from crash_told import LARGE_CALL, mark_of, payload_of
 from crash_writer import Call, Mark
-from logstore.errors import LogstoreError, WriteFailedError
+from logstore.errors import IndexReplacedError, LogstoreError, WriteFailedError
 from logstore.storage import Log, LogOptions
 
 Until = Literal["once", "mended", "closed"]
@@ -86,7 +86,11 @@ class Hand:
             return job()
         except clear as error:
             self._failed(error)
-        return job()
+        try:
+            return job()
+        except IndexReplacedError:
+            # The first try found the index damaged, since it could not be read: the second made it again.
+            return job()
 
     async def do_async(self, job: Callable[[], Awaitable[_T]], clear: tuple[type[Exception], ...] = _CLEAR) -> _T:
         """As `do`, on the loop."""
