@@ -103,8 +103,8 @@ _KINDS: Final = {
         "no process broke; each error was clear, and work went on once the disk was well again; nothing that was "
         "acknowledged as durable was lost",
         "every system call on the store's files made to fail, in eight kinds of work",
-        "Have the n-th system call on the store's files fail, SQLite's included: EIO, ENOSPC, a short write; once, until "
-        "the disk is mended, or to the end.",
+        "Have the n-th system call on the store's files fail, SQLite's included: EIO, ENOSPC, a short write; once, "
+        "until the disk is mended, or to the end.",
         runs=4000,
         sizes={"only": ""},
     ),

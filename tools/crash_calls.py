@@ -34,43 +34,54 @@ Fate = Literal["go", "kill", "tear", "short"] | int
 written, and the call says so; or it fails with an errno."""
 
 _SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
-_CALLS: Final[dict[str, dict[int, str]]] = {
+_CALLS: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "x86_64": {
-        0: "read",
-        1: "write",
-        2: "open",
-        17: "pread",
-        18: "pwrite",
-        74: "sync",
-        75: "sync",
-        77: "extend",
-        82: "rename",
-        83: "mkdir",
-        84: "unlink",
-        87: "unlink",
-        257: "openat",
-        258: "mkdirat",
-        263: "unlinkat",
-        264: "renameat",
-        285: "extend",
-        316: "renameat",
+        "read": (0,),
+        "write": (1,),
+        "open": (2,),
+        "pread": (17,),
+        "pwrite": (18,),
+        "sync": (74, 75),
+        "extend": (77, 285),
+        "rename": (82,),
+        "mkdir": (83,),
+        "unlink": (84, 87),
+        "openat": (257,),
+        "mkdirat": (258,),
+        "unlinkat": (263,),
+        "renameat": (264, 316),
     },
     "aarch64": {
-        34: "mkdirat",
-        35: "unlinkat",
-        38: "renameat",
-        46: "extend",
-        47: "extend",
-        56: "openat",
-        63: "read",
-        64: "write",
-        67: "pread",
-        68: "pwrite",
-        82: "sync",
-        83: "sync",
-        276: "renameat",
+        "mkdirat": (34,),
+        "unlinkat": (35,),
+        "renameat": (38, 276),
+        "extend": (46, 47),
+        "openat": (56,),
+        "read": (63,),
+        "write": (64,),
+        "pread": (67,),
+        "pwrite": (68,),
+        "sync": (82, 83),
     },
 }
+"""The numbers of each call; `unlink` is also rmdir, `sync` fsync and fdatasync, `extend` ftruncate and fallocate."""
+_KINDS: Final[dict[str, Kind]] = {
+    "read": "read",
+    "pread": "read",
+    "open": "open",
+    "openat": "open",
+    "write": "write",
+    "pwrite": "write",
+    "extend": "extend",
+    "sync": "sync",
+    "rename": "rename",
+    "renameat": "rename",
+    "unlink": "unlink",
+    "unlinkat": "unlink",
+    "mkdir": "mkdir",
+    "mkdirat": "mkdir",
+}
+_BY_DESCRIPTOR: Final = frozenset(("read", "pread", "write", "pwrite", "sync", "extend"))
 _NO_NEW_PRIVS: Final = 38
 _SET_FILTER: Final = 1
 _NEW_LISTENER: Final = 8
@@ -197,10 +208,14 @@ def _be_child(work: Callable[[Say], None], channel: socket.socket, *, reads: boo
         os._exit(status)
 
 
+def _names() -> dict[int, str]:
+    return {number: name for name, numbers in _CALLS[platform.machine()].items() for number in numbers}
+
+
 def _ask_about_calls(*, reads: bool) -> int:
     """Put the filter over this process, and return the descriptor by which another one is asked."""
     machine = platform.machine()
-    numbers = [number for number, name in _CALLS[machine].items() if reads or name not in ("read", "pread")]
+    numbers = [number for number, name in _names().items() if reads or _KINDS[name] != "read"]
     program = [_LOAD_NUMBER]
     program += [(_JUMP_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
     program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ASK)]
@@ -234,7 +249,7 @@ class _Watch:
         self._folder = str(folder) + "/"
         self._pid = pid
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
-        self._names = _CALLS[platform.machine()]
+        self._names = _names()
         self._said = b""
 
     def close(self) -> None:
@@ -305,7 +320,7 @@ class _Watch:
     def _described(self, question: _Question) -> DiskCall | None:
         """Return what a call does, None when that is not the campaign's business, or nothing."""
         name, arguments = question.name, question.arguments
-        if name in ("read", "pread", "write", "pwrite", "sync", "extend"):
+        if name in _BY_DESCRIPTOR:
             path = self._path_of(question.thread, arguments[0])
         else:
             # The last path of its arguments; with `…at` each comes behind a folder.
@@ -317,28 +332,17 @@ class _Watch:
         return kind and DiskCall(kind, path, name == "pwrite" and _whole_pages(*arguments[2:4]) > 0)
 
     def _kind(self, name: str, arguments: tuple[int, ...], path: str) -> Kind | None:
-        match name:
-            case "open" | "openat":
-                creates = arguments[1 if name == "open" else 2] & os.O_CREAT
-                return "create" if creates and not os.path.lexists(path) else "open"
-            case "read" | "pread":
-                return "read"
-            case "write" | "pwrite":
-                return "write"
-            case "sync":
-                return "sync"
-            case "extend":
-                return "extend"
-            case "rename" | "renameat":
-                return "rename"
-            case "mkdir" | "mkdirat":
-                return None if os.path.lexists(path) else "mkdir"
-            case _:
-                return "unlink" if os.path.lexists(path) else None
+        kind = _KINDS[name]
+        if kind == "open" and arguments[1 if name == "open" else 2] & os.O_CREAT and not os.path.lexists(path):
+            return "create"
+        if (kind == "mkdir" and os.path.lexists(path)) or (kind == "unlink" and not os.path.lexists(path)):
+            # It fails, or is done already.
+            return None
+        return kind
 
     def _path_of(self, thread: int, fd: int) -> str:
         try:
-            return os.readlink(f"/proc/{thread}/fd/{fd}").removesuffix(" (deleted)")
+            return str(Path(f"/proc/{thread}/fd/{fd}").readlink()).removesuffix(" (deleted)")
         except OSError:
             # Closed, or the thread is gone: the kernel has the answer to that.
             return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Final, NamedTuple, get_args
@@ -123,7 +122,7 @@ class Failing:
             self._given_up.discard(path)
         elif call.kind == "sync" and path.endswith(_TRUSTED_ONCE) and path in self._own:
             if path in self._given_up:
-                self.wrongs.append(os.path.basename(path))
+                self.wrongs.append(Path(path).name)
             if failed:
                 self._given_up.add(path)
 

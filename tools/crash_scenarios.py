@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import os
-import random
 import shutil
-import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Final
 
-from crash_calls import DiskCall, Fate, run_watched
 from crash_examine import check_opened, check_unopened, look
 from crash_kill import BrokenPromiseError
-from crash_life import EndedError, Hand, Job, Life, live
+from crash_life import Hand, live
+from crash_scenario import ACT, KIB, Scenario, catalogue, with_store
 from crash_told import Told
 from logstore.errors import LogstoreError
 from logstore.ops.access import open_existing
@@ -31,120 +27,7 @@ from logstore.storage import Log, LogOptions, Retention
 from logstore.storage.files import Disk
 from logstore.storage.opening import OpenStore
 
-DEADLINE_S: Final = 60.0
-_MODES: Final = ("always", "interval", "os")
-_POLICIES: Final = ("degrade", "raise")
-_ACT: Final = 100
-"""Number of the life that is interrupted."""
 _KEPT: Final = 20
-_KIB: Final = 1 << 10
-_SQLITE_FILES: Final = ("", "-wal", "-shm")
-
-
-def catalogue(folder: Path) -> Path:
-    """Return the path of the store in the folder of a scenario."""
-    return folder / "store" / "events.db"
-
-
-class Scenario:
-    """Work on a store that is interrupted.
-
-    Args:
-        folder: Where the store that it begins with is made.
-        seed: What everything is drawn from, but for ids and times.
-        variation: Which of its variations.
-
-    Attributes:
-        name: What it is called.
-        told: What is known of the store that it begins with.
-        prepared: The folder of that.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, folder: Path, seed: int, variation: int) -> None:
-        self.told = Told()
-        self.prepared = folder
-        self.variation = variation
-        self.rng = random.Random(f"{seed} {self.name} {variation}")
-        shutil.rmtree(folder, ignore_errors=True)
-        catalogue(folder).parent.mkdir(parents=True)
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Make the store that it begins with."""
-        raise NotImplementedError
-
-    def act(self, folder: Path, hand: Hand) -> None:
-        """Do the work, in a child, on a copy of the store."""
-        raise NotImplementedError
-
-    def examine(self, folder: Path, told: Told) -> int:
-        """Look at what is left; return how many events were compared.
-
-        Raises:
-            BrokenPromiseError: With what is wrong.
-        """
-        check_unopened(catalogue(folder), told, may_refuse=self.may_refuse(told))
-        return check_opened(catalogue(folder), told)
-
-    def may_refuse(self, told: Told) -> bool:
-        """Whether who only looks may be refused before somebody opens the store."""
-        return False
-
-    # What they share.
-
-    def options(self, **changes: Any) -> LogOptions:
-        """Return options that differ from one variation to the next."""
-        chosen = {
-            "durability": _MODES[self.variation % 3],
-            "on_write_failure": _POLICIES[self.variation // 3 % 2],
-            "sync_interval_s": 0.01,
-            "segment_bytes": 64 * _KIB,
-            "memory_bytes": 8 << 20,
-            "cached_events_per_stream": 10,
-        }
-        return LogOptions(**{**chosen, **changes})
-
-    def life(self, number: int, rounds: Sequence[Sequence[int]], **changes: Any) -> Life:
-        """Return a life whose streams are drawn by the scenario."""
-        options = changes.pop("options", None) or self.options()
-        return Life(number, options, rounds, seed=self.rng.randrange(1 << 30), **changes)
-
-    def live_once(self, life: Life) -> None:
-        """Have a life before the one that is interrupted."""
-        asyncio.run(live(catalogue(self.prepared), Hand(self.told.hear), life))
-
-    def die_once(self, life: Life, first: Job | None = None) -> None:
-        """Have a life whose process is killed at its end."""
-        path = catalogue(self.prepared)
-
-        def act(say: Callable[[str], None]) -> None:
-            hand = Hand(say)
-            hand.watch()
-            asyncio.run(live(path, hand, life, first=first, end=lambda: os.kill(os.getpid(), signal.SIGKILL)))
-
-        status = run_watched(act, _Bystander(self.told), self.prepared, DEADLINE_S)
-        if status != -signal.SIGKILL or self.told.odd:
-            raise BrokenPromiseError(f"the life before ended with {status}: {self.told.odd}")
-
-
-class _Bystander:
-    """Hears what is said, and lets all calls go."""
-
-    reads = False
-    listens = False
-
-    def __init__(self, told: Told) -> None:
-        self._told = told
-
-    def call(self, call: DiskCall) -> Fate:
-        """Let it go."""
-        return "go"
-
-    def word(self, line: str) -> None:
-        """Pass it on."""
-        self._told.hear(line)
 
 
 class Append(Scenario):
@@ -153,16 +36,18 @@ class Append(Scenario):
     name = "append"
 
     def prepare(self) -> None:
+        """Make a small store, or none."""
         if self.variation % 2:
             self.live_once(self.life(0, [[1, 3, 2]]))
 
     def may_refuse(self, told: Told) -> bool:
-        # There may be no store yet.
+        """Before anything was acknowledged there may be no store."""
         return not told.stored
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Open, append, close."""
         rounds = [[self.rng.choice((1, 1, 1, 2, 7)) for _ in range(8)] for _ in range(2)]
-        life = self.life(_ACT, rounds, options=self.options(checkpoint_interval_s=60.0))
+        life = self.life(ACT, rounds, options=self.options(checkpoint_interval_s=60.0))
         asyncio.run(live(catalogue(folder), hand, life, begin="opening"))
 
 
@@ -172,14 +57,16 @@ class Roll(Scenario):
     name = "roll"
 
     def prepare(self) -> None:
+        """Make a small store."""
         self.live_once(self.life(0, [[5]]))
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Fill a file of 64 KiB every few calls."""
         small = self.options(
-            journal_file_bytes=64 * _KIB, journal_bytes=256 * _KIB, checkpoint_interval_s=self.rng.choice((0.01, 60.0))
+            journal_file_bytes=64 * KIB, journal_bytes=256 * KIB, checkpoint_interval_s=self.rng.choice((0.01, 60.0))
         )
         rounds = [[self.rng.randrange(10, 50) for _ in range(5)] for _ in range(2)]
-        asyncio.run(live(catalogue(folder), hand, self.life(_ACT, rounds, options=small)))
+        asyncio.run(live(catalogue(folder), hand, self.life(ACT, rounds, options=small)))
 
 
 class Checkpoint(Scenario):
@@ -188,15 +75,17 @@ class Checkpoint(Scenario):
     name = "checkpoint"
 
     def prepare(self) -> None:
+        """Make a small store."""
         self.live_once(self.life(0, [[20, 5]]))
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Append, and wait each time until all is in segments."""
         options = self.options(
-            checkpoint_interval_s=0.01, segment_bytes=self.rng.choice((64, 512)) * _KIB, journal_file_bytes=1 << 20
+            checkpoint_interval_s=0.01, segment_bytes=self.rng.choice((64, 512)) * KIB, journal_file_bytes=1 << 20
         )
         # Sixty large ones of one stream get a file of its own.
         rounds = [[3, 1], [60], [9], [60, 2], [1]]
-        asyncio.run(live(catalogue(folder), hand, self.life(_ACT, rounds, options=options, segmented=True)))
+        asyncio.run(live(catalogue(folder), hand, self.life(ACT, rounds, options=options, segmented=True)))
 
 
 class Compaction(Scenario):
@@ -205,6 +94,7 @@ class Compaction(Scenario):
     name = "compaction"
 
     def prepare(self) -> None:
+        """Fill segments in three lives, of which one is killed."""
         options = self.options(checkpoint_interval_s=0.01)
         rounds = [[self.rng.randrange(5, 20)] for _ in range(4)] + [[60], [20], [10]]
         self.live_once(self.life(0, rounds, streams=4, options=options, segmented=True))
@@ -213,14 +103,16 @@ class Compaction(Scenario):
         self.told.most_events = _KEPT
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Drop what is too many, and compact."""
         retention = Retention(max_events=_KEPT, resume_window_s=0.0)
-        _with_store(folder, hand, [lambda store: compact(store, retention, segment_bytes=64 * _KIB)])
+        with_store(folder, hand, [lambda store: compact(store, retention, segment_bytes=64 * KIB)])
 
     def examine(self, folder: Path, told: Told) -> int:
+        """Look as always; then a pass that nothing interrupts loses nothing either, and leaves no waste."""
         events = super().examine(folder, told)
         store = open_existing(catalogue(folder))
         try:
-            compact(store, Retention(max_events=_KEPT, resume_window_s=0.0), segment_bytes=64 * _KIB)
+            compact(store, Retention(max_events=_KEPT, resume_window_s=0.0), segment_bytes=64 * KIB)
         finally:
             store.close(empty=True)
         check_unopened(catalogue(folder), told, may_refuse=False)
@@ -235,6 +127,7 @@ class Backup(Scenario):
     name = "backup"
 
     def prepare(self) -> None:
+        """Fill a store, back it up, and have two more lives."""
         options = self.options(checkpoint_interval_s=0.01)
         self.live_once(self.life(0, [[10], [60], [5]], options=options, segmented=True))
         _back_up(self.prepared)
@@ -242,6 +135,7 @@ class Backup(Scenario):
         self.die_once(self.life(2, [[60, 2], [2, 2]], options=self.options(checkpoint_interval_s=60.0)))
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Back up as a command does, or in the process that writes; then remove what is old."""
         target = FolderTarget(folder / "pool")
 
         def back_up(store: OpenStore) -> None:
@@ -249,19 +143,20 @@ class Backup(Scenario):
             hand.tell("partly made" if create_backup(store, target).damaged else "made")
 
         if self.variation % 2 == 0:
-            _with_store(folder, hand, [back_up, lambda _: delete_old(target, 0)])
+            with_store(folder, hand, [back_up, lambda _: delete_old(target, 0)])
             return
 
         async def back_up_own(log: Log, hand: Hand) -> None:
             await hand.do_async(lambda: log.maintain(back_up))
             await hand.do_async(lambda: log.maintain(lambda _: delete_old(target, 0)))
 
-        life = self.life(_ACT, [[20, 2]], options=self.options(checkpoint_interval_s=60.0))
+        life = self.life(ACT, [[20, 2]], options=self.options(checkpoint_interval_s=60.0))
         asyncio.run(live(catalogue(folder), hand, life, begin="written", then=back_up_own))
 
     def examine(self, folder: Path, told: Told) -> int:
+        """Look as always; there is a whole backup at any time, and the next one is made."""
         events = super().examine(folder, told)
-        needed = {event_id for mark, event_id in told.stored.items() if mark.call.run <= _ACT}
+        needed = {event_id for mark, event_id in told.stored.items() if mark.call.run <= ACT}
         target = FolderTarget(folder / "pool")
         keys = target.manifests()
         whole = [key for key in keys if not read_manifest(target, key).damaged]
@@ -295,6 +190,7 @@ class Restore(Scenario):
     name = "restore"
 
     def prepare(self) -> None:
+        """Fill a store, back it up, and go on, or take it away."""
         options = self.options(checkpoint_interval_s=0.01)
         self.live_once(self.life(0, [[10], [60]], options=options, segmented=True))
         _back_up(self.prepared)
@@ -308,14 +204,17 @@ class Restore(Scenario):
         self.die_once(self.life(2, [[5, 2]], options=self.options(checkpoint_interval_s=60.0)))
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Restore."""
         hand.begin()
         hand.do(lambda: restore(folder / "pool", catalogue(folder)), (LogstoreError,))
         hand.tell("made")
 
     def may_refuse(self, told: Told) -> bool:
+        """Between the old store and the new one who looks is told to open it."""
         return "made" not in told.words
 
     def examine(self, folder: Path, told: Told) -> int:
+        """Find exactly the old store or the new one, as was said; then restore what is not."""
         path, new = catalogue(folder), self.new.copy()
         is_new = self._is_new(path)
         said = "made" if "made" in told.words else told.errors[-1] if told.errors else ""
@@ -346,18 +245,22 @@ class Adoption(Scenario):
     name = "adoption"
 
     def prepare(self) -> None:
+        """Have two processes die over their journals and their sessions."""
         options = self.options(checkpoint_interval_s=60.0)
 
         # One dies with its lane free for who opens next; the other's lane has to be adopted beside it.
         self.die_once(
-            self.life(0, [[12, 3]], options=options, prefix="a"), lambda *of: _open_sessions(*of, ["a0", "a1"])
+            self.life(0, [[12, 3]], options=options, prefix="a"),
+            lambda log, hand: _open_sessions(log, hand, ["a0", "a1"]),
         )
         self.die_once(
-            self.life(1, [[50, 3], [20]], options=options, prefix="b"), lambda *of: _open_sessions(*of, ["b0"])
+            self.life(1, [[50, 3], [20]], options=options, prefix="b"),
+            lambda log, hand: _open_sessions(log, hand, ["b0"]),
         )
 
     def act(self, folder: Path, hand: Hand) -> None:
-        life = self.life(_ACT, [[3], [2]], options=self.options(checkpoint_interval_s=0.01), prefix="b")
+        """Open, take over, and go on."""
+        life = self.life(ACT, [[3], [2]], options=self.options(checkpoint_interval_s=0.01), prefix="b")
         asyncio.run(live(catalogue(folder), hand, life, begin="opening", first=_take_sessions))
 
 
@@ -392,6 +295,7 @@ class Reindex(Scenario):
     name = "reindex"
 
     def prepare(self) -> None:
+        """Fill segments, and do something to the index."""
         path = catalogue(self.prepared)
         options = self.options(checkpoint_interval_s=0.01)
         self.live_once(self.life(0, [[10], [60], [5]], options=options, segmented=True))
@@ -407,25 +311,15 @@ class Reindex(Scenario):
         path.with_name("older").unlink(missing_ok=True)
 
     def may_refuse(self, told: Told) -> bool:
+        """An index that was lost before has to be made first."""
         is_gone = self.variation % 4 != 0 or any("there is none now" in error for error in told.errors)
         return is_gone and "made" not in told.words
 
     def act(self, folder: Path, hand: Hand) -> None:
+        """Make the index again."""
         hand.begin()
         hand.do(lambda: reindex_at(catalogue(folder)), (LogstoreError,))
         hand.tell("made")
-
-
-def _with_store(folder: Path, hand: Hand, jobs: Sequence[Callable[[OpenStore], object]]) -> None:
-    """Do work on the open files of a store, as a command does."""
-    store = open_existing(catalogue(folder))
-    hand.begin()
-    with contextlib.suppress(EndedError):
-        for job in jobs:
-            hand.do(functools.partial(job, store))
-    hand.mend()
-    with hand.closing():
-        store.close(empty=True)
 
 
 def _ids(path: Path) -> set[int]:

@@ -91,19 +91,12 @@ class Told:
             self.odd.append(line)
             return
         match what:
-            case "begun":
-                self._begun.add(Call(*rest[0]))
-            case "stored" | "kept":
-                call, events = Call(*rest[0]), rest[1]
-                into = self.stored if what == "stored" else self._kept
-                for place, (stream, event_id) in enumerate(events):
-                    into[Mark(stream, call, place, len(events))] = int(event_id)
-            case "refused":
-                self._refused.add(Call(*rest[0]))
+            case "begun" | "stored" | "kept" | "refused":
+                self._hear_of_call(what, Call(*rest[0]), rest[1:])
             case "well":
                 self._is_well()
             case "shown":
-                self._show(rest[0], rest[1])
+                self._show(*rest)
             case "session":
                 self._session(*rest)
             case "error":
@@ -112,6 +105,17 @@ class Told:
                 self.odd.append(rest[0])
             case _:
                 self.words.add(what)
+
+    def _hear_of_call(self, what: str, call: Call, rest: list[Any]) -> None:
+        if what == "begun":
+            self._begun.add(call)
+        elif what == "refused":
+            self._refused.add(call)
+        else:
+            (events,) = rest
+            into = self.stored if what == "stored" else self._kept
+            for place, (stream, event_id) in enumerate(events):
+                into[Mark(stream, call, place, len(events))] = int(event_id)
 
     def _is_well(self) -> None:
         """The store says that nothing is in memory only any more: what was acknowledged is stored, refused is not."""

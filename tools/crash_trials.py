@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import shutil
 from collections import Counter
@@ -13,7 +14,8 @@ from typing import Final, Generic, Protocol, TypeVar
 from crash_calls import DiskCall, Fate, HangsError, is_supported, run_watched
 from crash_kill import BrokenPromiseError
 from crash_life import EndedError, Hand, Until
-from crash_scenarios import DEADLINE_S, SCENARIOS, Scenario
+from crash_scenario import DEADLINE_S, Scenario
+from crash_scenarios import SCENARIOS
 from crash_told import Told
 
 _LINES: Final = 12
@@ -123,6 +125,8 @@ class Trials(Generic[_I]):
     ) -> None:
         if not is_supported():
             raise SystemExit("this campaign stops the system calls of a process: it needs Linux on x86-64 or ARM64")
+        # Warnings are of the trade here.
+        logging.getLogger("logstore").setLevel(logging.ERROR)
         self._folder = folder
         self._seed = seed
         self._only = only
