@@ -171,7 +171,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
         campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
         for size, figure in kind.sizes.items():
-            what = "which (default: all)" if figure == "" else "how many (default: %(default)s)"
+            what = (
+                "what of it, such as a failure names (default: all)"
+                if figure == ""
+                else "how many (default: %(default)s)"
+            )
             campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=what)
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))

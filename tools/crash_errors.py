@@ -138,7 +138,7 @@ class ErrorsCampaign:
     Args:
         folder: Where the stores go.
         seed: What everything is drawn from; where threads meet the clock has its say, too.
-        only: One fault, such as `backup/0/57/ENOSPC/mended`; empty for all in turn.
+        only: One fault, such as `backup/0/57/ENOSPC/mended`; one scenario, such as `backup`; empty for all in turn.
 
     Attributes:
         figures: What was done.

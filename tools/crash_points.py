@@ -68,7 +68,8 @@ class PointsCampaign:
     Args:
         folder: Where the stores go.
         seed: What everything is drawn from; where threads meet the clock has its say, too.
-        only: One point, such as `compaction/2/57` or `compaction/2/57/tear`; empty for all in turn.
+        only: One point, such as `compaction/2/57` or `compaction/2/57/tear`; one scenario, such as `compaction`; empty
+            for all in turn.
 
     Attributes:
         figures: What was done.

@@ -104,7 +104,7 @@ class Trials(Generic[_I]):
     Args:
         folder: Where the stores go.
         seed: What everything is drawn from.
-        only: Name of the one trial, empty for all in turn.
+        only: Name of a scenario, of its variation, or of one trial: `backup`, `backup/2`, `backup/2/57`; empty for all.
         places: Lists the interruptions of some work, by the calls that it makes when nothing interrupts it.
         parse: Reads an interruption's name.
         reads: Whether calls that only read can be interrupted.
@@ -129,9 +129,14 @@ class Trials(Generic[_I]):
         logging.getLogger("logstore").setLevel(logging.ERROR)
         self._folder = folder
         self._seed = seed
-        self._only = only
+        name, _, rest = only.partition("/")
+        variation, _, place = rest.partition("/")
+        self._kinds = [kind for kind in SCENARIOS if name in ("", kind.name)]
+        if not self._kinds:
+            raise SystemExit(f"there is no scenario {name}: {', '.join(kind.name for kind in SCENARIOS)}")
+        self._first = int(variation or 0)
+        self._place = parse(place) if place else None
         self._places = places
-        self._parse = parse
         self._reads = reads
         self._left: dict[str, list[_I]] = {}
         self._scenarios: dict[str, Scenario] = {}
@@ -139,16 +144,13 @@ class Trials(Generic[_I]):
 
     def next(self, number: int) -> Trial[_I]:
         """Return the trial of a run."""
-        if self._only:
-            name, variation, place = self._only.split("/", 2)
-            kind = next(each for each in SCENARIOS if each.name == name)
-            if name not in self._scenarios:
-                self._prepare(kind, int(variation))
-            return Trial(self._scenarios[name], self._parse(place))
-        kind = SCENARIOS[number % len(SCENARIOS)]
+        kind = self._kinds[number % len(self._kinds)]
+        if self._place is not None:
+            scenario = self._scenarios.get(kind.name) or self._prepare(kind, self._first)
+            return Trial(scenario, self._place)
         while not self._left.get(kind.name):
             earlier = self._scenarios.get(kind.name)
-            self._begin(kind, earlier.variation + 1 if earlier else 0)
+            self._begin(kind, earlier.variation + 1 if earlier else self._first)
         return Trial(self._scenarios[kind.name], self._left[kind.name].pop())
 
     def _prepare(self, kind: type[Scenario], variation: int) -> Scenario:

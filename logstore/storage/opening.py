@@ -97,9 +97,11 @@ class OpenStore:
         except OSError as error:
             raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
         except sqlite3.Error as error:
-            raise WriteFailedError(f"the store {path} cannot be opened: {error}{self._cause()}") from error
+            cause = self._cause()
+            reason = f"{error} ({cause})" if cause else str(error)
+            raise WriteFailedError(f"the store {path} cannot be opened: {reason}") from cause or error
 
-    def _cause(self) -> str:
+    def _cause(self) -> OSError | None:
         """Return what the system answers to a write beside the catalogue: SQLite only says that it failed."""
         probe = _beside(self._path, ".probe")
         try:
@@ -110,8 +112,8 @@ class OpenStore:
                 self.disk.close(fd)
                 self.disk.unlink(probe)
         except OSError as error:
-            return f" ({error})"
-        return ""
+            return error
+        return None
 
     def _open_and_mend(self) -> None:
         # The first time it may be that the disk did not give SQLite the schema, which to it is damage, too.
