@@ -525,6 +525,51 @@ async def test_an_opening_that_failed_leaves_nothing_locked_or_open(tmp_path: Pa
         assert await payloads(log, "one") == [b"1"]
 
 
+class Unreadable(Disk):
+    """The real disk, whose n-th look at a file or folder fails once."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def _look(self, path: Path) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    def open(self, path: Path, *, write: bool = False, create: bool = False) -> int:
+        self._look(path)
+        return super().open(path, write=write, create=create)
+
+    def list(self, folder: Path) -> list[str]:
+        self._look(folder)
+        return super().list(folder)
+
+
+async def test_a_store_that_cannot_be_read_says_so_and_opens_when_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    async with Log(path, small()) as log:
+        await log.append("one", b"1")
+    failures = 0
+    for number in itertools.count(1):
+        disk = Unreadable(number)
+        log = Log(path, small(), disk)
+        try:
+            async with deadline():
+                await log.open()
+        except WriteFailedError:
+            failures += 1
+            assert "Input/output error" in str(log.health().reason)
+            assert log.health().status == "failed"
+        else:
+            if disk.left > 0:
+                disk.left = 0
+                break
+        assert await payloads(log, "one") == [b"1"]
+        await log.close()
+    await log.close()
+    assert failures > 10
+
+
 @pytest.mark.promise("sessions-outlive-faults")
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_sessions_tell_that_the_disk_fails(tmp_path: Path, policy: WriteFailurePolicy) -> None:

@@ -22,8 +22,10 @@ import pytest
 
 from logstore.errors import StoreClosedError, UnknownEventError
 from logstore.storage import Log, LogOptions
+from logstore.storage.catalogue import Catalogue
 from logstore.storage.files import Disk
 from tests.engine import deadline, eventually, in_segments, payloads, read_all, read_to_gap, small
+from tests.ops.stores import opened
 
 MODES = ("always", "interval", "os")
 STREAMS = tuple(f"stream {number}" for number in range(5))
@@ -331,6 +333,54 @@ async def test_a_catalogue_damaged_under_an_open_store_mends(path: Path) -> None
         before = await answers(log)
     async with Log(path) as log:
         assert await answers(log) == before
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def schema_not_given() -> sqlite3.DatabaseError:
+    """Return what SQLite says when the disk does not give it the schema."""
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+async def test_an_index_that_could_not_be_read_for_a_moment_stays(path: Path) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 20)
+    before = inode(path)
+    with opened(path) as store:
+        for _ in range(2):
+            with pytest.raises(sqlite3.DatabaseError), store.checkpoint_lock(), store.catalogue.transaction():
+                raise schema_not_given()
+            assert inode(path) == before
+            store.adopt_dead_lanes()
+            assert not store.catalogue.suspect
+        # Whoever looks finds nothing; but twice is too often.
+        assert inode(path) != before
+
+
+async def test_an_opening_that_could_not_read_the_index_for_a_moment_leaves_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 20)
+    before = inode(path)
+    last_id = Catalogue.last_id
+    refused: list[Catalogue] = []
+
+    def refuse_once(self: Catalogue) -> int:
+        if not refused:
+            refused.append(self)
+            raise schema_not_given()
+        return last_id(self)
+
+    monkeypatch.setattr(Catalogue, "last_id", refuse_once)
+    async with Log(path, small()) as log:
+        await fill(log, 1, 20)
+    assert refused
+    assert inode(path) == before
 
 
 @pytest.mark.promise("catalogue-is-derived")

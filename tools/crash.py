@@ -21,7 +21,9 @@ from typing import Final, NamedTuple, Protocol
 try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
+    from crash_errors import ErrorsCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_points import PointsCampaign
     from crash_processes import ProcessesCampaign
     from crash_resume import ResumeCampaign
     from crash_sdk_client import SdkCampaign
@@ -62,7 +64,7 @@ class _Kind(NamedTuple):
     summary: str
     description: str
     runs: int = 200
-    sizes: Mapping[str, int] = MappingProxyType({})
+    sizes: Mapping[str, int | str] = MappingProxyType({})
 
 
 _KINDS: Final = {
@@ -98,6 +100,27 @@ _KINDS: Final = {
         runs=1,
         sizes={"events": 300_000, "kills": 60, "processes": 8},
     ),
+    "points": _Kind(
+        PointsCampaign,
+        "kills",
+        "every acknowledged event was there, once, in order, with its payload; nothing that was shown was gone; every "
+        "store opened by itself and verified well; of backups and restores the old or the new was whole",
+        "a process killed at every change of its disk, in eight kinds of work",
+        "Kill a process at the n-th system call that changes its disk, SQLite's included, for every n.",
+        runs=4000,
+        sizes={"only": ""},
+    ),
+    "errors": _Kind(
+        ErrorsCampaign,
+        "faults",
+        "no process broke; each error was clear, and work went on once the disk was well again; nothing that was "
+        "acknowledged as durable was lost",
+        "every system call on the store's files made to fail, in eight kinds of work",
+        "Have the n-th system call on the store's files fail, SQLite's included: EIO, ENOSPC, a short write; once, "
+        "until the disk is mended, or to the end.",
+        runs=4000,
+        sizes={"only": ""},
+    ),
     "resume": _Kind(
         ResumeCampaign,
         "calls",
@@ -120,7 +143,7 @@ _KINDS: Final = {
 }
 
 
-def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int]) -> int:
+def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int | str]) -> int:
     """Run a campaign, progress on stderr and the report on stdout; return 1 when a promise was broken."""
     kind = _KINDS[name]
     started = time.monotonic()
@@ -170,7 +193,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
         campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
         for size, figure in kind.sizes.items():
-            campaign.add_argument(f"--{size}", type=int, default=figure, help="how many (default: %(default)s)")
+            what = (
+                "what of it, such as a failure names (default: all)"
+                if figure == ""
+                else "how many (default: %(default)s)"
+            )
+            campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=what)
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed

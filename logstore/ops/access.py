@@ -40,7 +40,11 @@ def find_store(path: Path) -> Path:
     if is_replacing(root):
         # Between the old store and the new one; both are there.
         return root
-    found = inspect_file(path, look_only=True)
+    try:
+        found = inspect_file(path, look_only=True)
+    except sqlite3.Error:
+        # Something is there. Why it cannot be read is for whoever opens it to tell.
+        return root
     if found == "absent" and not (root / "registry.log").exists() and not (root / "segments").is_dir():
         example = path / "events.db" if path.is_dir() else DEFAULT_DB_PATH
         raise NotAStoreError(f"there is no store at {path}: give the path of its catalogue, such as {example}")

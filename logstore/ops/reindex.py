@@ -49,7 +49,7 @@ def reindex_at(path: Path, progress: Progress = silent, disk: Disk | None = None
 
     Raises:
         NotAStoreError: There is no store at the path.
-        WriteFailedError: The disk refused; the catalogue is the one that was there.
+        WriteFailedError: The disk refused; the message says what is there.
         LogstoreError: The store cannot be opened, or a process that read segments was killed.
     """
     started = time.monotonic()
@@ -69,7 +69,8 @@ def reindex_at(path: Path, progress: Progress = silent, disk: Disk | None = None
     except BrokenExecutor as error:
         raise LogstoreError(f"{path} is as it was: a process that read segments was killed; try again") from error
     except (OSError, sqlite3.Error) as error:
-        raise WriteFailedError(f"the catalogue {path} cannot be made again, it is as it was: {error}") from error
+        standing = "it is as it was" if path.exists() else "there is none now, the next opening makes it"
+        raise WriteFailedError(f"the catalogue {path} cannot be made again, {standing}: {error}") from error
     return Reindexed(events, streams, segments, time.monotonic() - started)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from logstore.errors import FormatVersionError, NotAStoreError
+from logstore.errors import DamageError, FormatVersionError, NotAStoreError
 from logstore.storage.schema import APPLICATION_ID, SCHEMA_VERSION
 
 _BUSY_TIMEOUT_S: Final = 10.0
@@ -18,6 +19,21 @@ def is_damage(error: BaseException) -> bool:
     """Whether an error says that the file is damaged, or no database; not that the disk refuses or a lock is held."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
     return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+@contextlib.contextmanager
+def damage_of(path: Path) -> Generator[None]:
+    """Raise damage that SQLite finds in the block as that of a certain file, where another one is worked on, too.
+
+    Raises:
+        DamageError: The file is damaged.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        raise DamageError(path, 0, 0, f"SQLite says: {error}") from error
 
 
 def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Connection:
@@ -72,15 +88,11 @@ def inspect_file(path: Path, *, look_only: bool = False) -> str:
     if not path.exists() or path.stat().st_size == 0:
         return "absent"
     at_rest = not has_wal(path) if look_only else _is_not_ours(path)
-    try:
-        with contextlib.closing(connect(path, write=False, immutable=at_rest)) as connection:
-            (application,) = connection.execute("PRAGMA application_id").fetchone()
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.DatabaseError as error:
-        if not is_damage(error):
-            raise
+    # SQLite calls a database damaged whose schema the disk did not give, too: it may do so the second time.
+    found = _identity(path, immutable=at_rest) or _identity(path, immutable=at_rest)
+    if found is None:
         return "damaged"
+    application, version, tables = found
     if application == 0 and not tables:
         return "absent"
     if application != APPLICATION_ID:
@@ -93,6 +105,35 @@ def inspect_file(path: Path, *, look_only: bool = False) -> str:
             f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore"
         )
     return "ours"
+
+
+def _identity(path: Path, *, immutable: bool) -> tuple[int, int, set[str]] | None:
+    """Return application, version and tables of a database; None when it is damaged."""
+    try:
+        with contextlib.closing(connect(path, write=False, immutable=immutable)) as connection:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return None
+    return application, version, tables
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a look at every page of a database finds no damage.
+
+    Raises:
+        sqlite3.Error: It cannot be read.
+    """
+    try:
+        with contextlib.closing(connect(path, write=False)) as connection:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return False
 
 
 def has_wal(path: Path) -> bool:

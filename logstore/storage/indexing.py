@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
-from logstore.storage.database import inspect_file
+from logstore.storage.database import damage_of, inspect_file
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
 from logstore.storage.scan import Events, SegmentScan, scan_file
@@ -67,7 +67,8 @@ def make_index(
 
     Raises:
         FormatVersionError: A newer release wrote a segment.
-        OSError, sqlite3.Error: The disk refused, or the index that is there is damaged; it is still there.
+        DamageError: The index that is there is damaged; it is still there.
+        OSError, sqlite3.Error: The disk refused; likewise.
     """
     started = time.monotonic()
     fresh = Catalogue(path.with_name(f"{path.name}.new"))
@@ -76,7 +77,8 @@ def make_index(
         disk.close(disk.create(fresh.path))
         with _filling(disk, fresh):
             if inspect_file(path) == "ours":
-                fresh.copy_notes(path)
+                with damage_of(path):
+                    fresh.copy_notes(path)
             done = reindex(disk, root, fresh, store_id, progress, scanners)
         # The write-ahead log of the file that was here would pass for the new one's.
         _remove(disk, path, SQLITE_FILES[1:])

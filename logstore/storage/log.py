@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from logstore.errors import DamageError, GapError, StoreClosedError, UnknownEventError
+from logstore.errors import DamageError, GapError, StoreClosedError, UnknownEventError, WriteFailedError
 from logstore.storage.catalogue import StreamSummary
 from logstore.storage.checkpointer import Checkpointer
 from logstore.storage.commit import Failure, GroupCommit
@@ -92,7 +92,12 @@ class Log:
                 # `close` waits for the same files and gives them back.
                 raise StoreClosedError(f"the store {self.path} is closed")
             if self._parts is None:
-                self._parts = _Parts(store, self._tail, self.options, self._disk, self._published)
+                try:
+                    self._parts = _Parts(store, self._tail, self.options, self._disk, self._published)
+                except OSError as error:
+                    # The other lanes cannot be looked at; the files stay open for the next try.
+                    self._note_not_opened(error)
+                    raise WriteFailedError(f"the store {self.path} cannot be opened: {error}") from error
                 _open_logs.add(self)
         self._parts.bind()
 
@@ -106,11 +111,14 @@ class Log:
             store = await asyncio.shield(self._opening)
         except Exception as error:
             self._opening = None
-            since_us = self._not_opened.since_us if self._not_opened else time.time_ns() // 1000
-            self._not_opened = Failure(str(error), since_us)
+            self._note_not_opened(error)
             raise
         self._not_opened = None
         return store
+
+    def _note_not_opened(self, error: Exception) -> None:
+        since_us = self._not_opened.since_us if self._not_opened else time.time_ns() // 1000
+        self._not_opened = Failure(str(error), since_us)
 
     async def close(self) -> None:
         """Commit and checkpoint everything, and give the lane back. Idempotent.

@@ -16,7 +16,7 @@ from typing import Final
 from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, StoreLockedError, WriteFailedError
 from logstore.storage.catalogue import Catalogue
 from logstore.storage.checkpoint import Journal, SegmentStore
-from logstore.storage.database import inspect_file, is_damage
+from logstore.storage.database import damage_of, inspect_file, is_damage, is_whole
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
@@ -88,21 +88,20 @@ class OpenStore:
         self._segment_bytes = segment_bytes
         self._scanners = scanners
         self.stopping = threading.Event()
+        # The inode of an index that was found whole after SQLite had called it damaged.
+        self._acquitted = 0
         self.root = log_folder(path)
         self.made: Indexed | None = None
         try:
-            try:
-                self._open_or_undo(mend=False)
-            except sqlite3.DatabaseError as error:
-                if not is_damage(error):
-                    raise
-                self._open_or_undo(mend=True)
+            self._open_and_mend()
         except OSError as error:
             raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
         except sqlite3.Error as error:
-            raise WriteFailedError(f"the store {path} cannot be opened: {error}{self._cause()}") from error
+            cause = self._cause()
+            reason = f"{error} ({cause})" if cause else str(error)
+            raise WriteFailedError(f"the store {path} cannot be opened: {reason}") from cause or error
 
-    def _cause(self) -> str:
+    def _cause(self) -> OSError | None:
         """Return what the system answers to a write beside the catalogue: SQLite only says that it failed."""
         probe = _beside(self._path, ".probe")
         try:
@@ -113,8 +112,19 @@ class OpenStore:
                 self.disk.close(fd)
                 self.disk.unlink(probe)
         except OSError as error:
-            return f" ({error})"
-        return ""
+            return error
+        return None
+
+    def _open_and_mend(self) -> None:
+        # The first time it may be that the disk did not give SQLite the schema, which to it is damage, too.
+        for mend in (False, False, True):
+            try:
+                self._open_or_undo(mend=mend)
+            except sqlite3.DatabaseError as error:
+                if mend or not is_damage(error):
+                    raise
+            else:
+                return
 
     def _open_or_undo(self, *, mend: bool) -> None:
         with contextlib.ExitStack() as undo:
@@ -248,17 +258,17 @@ class OpenStore:
         On return it is on disk. What retention has noted stays, when it can be read.
 
         Raises:
-            OSError, sqlite3.Error: The disk refused; the index is the one that was there.
+            OSError, sqlite3.Error: The disk refused; the index is the one that was there, unless that was damaged: then
+                there is none, and the next opening makes it.
         """
         with self.checkpoint_lock():
             self._keep_catalogue()
             try:
                 # The other one's write-ahead log goes before it does: a crash in between must leave it whole.
-                self.catalogue.fold_wal()
+                with damage_of(self._path):
+                    self.catalogue.fold_wal()
                 indexed = self._make_index(progress)
-            except sqlite3.DatabaseError as error:
-                if not is_damage(error):
-                    raise
+            except DamageError:
                 self._set_catalogue_aside()
                 indexed = self._make_index(progress)
             self.catalogue.open()
@@ -381,7 +391,10 @@ class OpenStore:
 
     def _keep_catalogue(self) -> None:
         """See to it that the index at the path is whole and the one that is open; the caller holds its lock."""
-        if self.catalogue.suspect or self.catalogue.replaced:
+        if self.catalogue.suspect and not self.catalogue.replaced and self._is_false_alarm():
+            logger.warning("%s was found damaged, and is not: it could not be read for a moment", self._path)
+            self.catalogue.open()
+        elif self.catalogue.suspect or self.catalogue.replaced:
             logger.error("%s was removed, replaced or damaged while it was open", self._path)
             if self.catalogue.replaced:
                 # What was found damaged is not what is there now.
@@ -392,6 +405,13 @@ class OpenStore:
             # An index that was made again has them sealed, and compaction may have removed them.
             self.segments.abandon()
             self.registry.all_changed()
+
+    def _is_false_alarm(self) -> bool:
+        """Whether the open index is whole, though SQLite called it damaged; of one file that is believed once."""
+        if self._acquitted == self.catalogue.inode:
+            return False
+        self._acquitted = self.catalogue.inode
+        return is_whole(self._path)
 
     def adopt_dead_lanes(self) -> int:
         """Take what dead processes left in their lanes, without waiting for anybody who does the same.

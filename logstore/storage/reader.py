@@ -6,6 +6,7 @@ The other way round, what a checkpoint moves in between would be seen in neither
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 import time
@@ -211,29 +212,39 @@ class Reader:
     def _extent(self, extent: Extent, stream: str, after: int, limit: int) -> tuple[list[Event], bool]:
         """Return an extent's first events above an id, and whether none is missing up to the last of them."""
         events: list[Event] = []
+        try:
+            return events, self._collect(events, extent, stream, after, limit)
+        except FileNotFoundError:
+            return events, False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # What the disk does not give is as good as damaged.
+            logger.error("%s: %s", segment_path(self._root, extent.segment_id), error)
+            return events, False
+
+    def _collect(self, events: list[Event], extent: Extent, stream: str, after: int, limit: int) -> bool:
+        """Add an extent's first events above an id; tell whether none is missing up to the last of them."""
         offset, end = extent.offset, extent.offset + extent.length
         row = self._asked(self._catalogue.event, after) if after >= extent.first_id else None
         if row is not None and row.segment_id == extent.segment_id and offset <= row.offset < end:
             offset = row.offset + row.length
-        try:
-            fd = self._disk.open(segment_path(self._root, extent.segment_id))
-        except FileNotFoundError:
-            return events, False
+        fd = self._disk.open(segment_path(self._root, extent.segment_id))
         try:
             while offset < end and len(events) < limit:
                 frames = self._frames(fd, offset, end)
                 if not frames:
-                    return events, False
+                    return False
                 for frame in frames:
                     offset += len(frame)
                     event = decode_frame(frame)
                     if event.stream != stream:
-                        return events, False
+                        return False
                     if event.id > after:
                         events.append(event)
         finally:
             self._disk.close(fd)
-        return events, True
+        return True
 
     def _frames(self, fd: int, offset: int, end: int) -> list[bytes]:
         """Return some whole frames from an offset on; none when the first is damaged."""

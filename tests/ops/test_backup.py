@@ -503,6 +503,27 @@ def test_the_newest_whole_backup_stays_when_newer_ones_are_not_whole(path: Path,
     assert check_backup(target, new) != []
 
 
+def test_the_newest_whole_backup_stays_when_newer_ones_are_of_a_damaged_store(path: Path, pool: Path) -> None:
+    write(path, 30)
+    back_up(path, pool)
+    before = contents(path)
+    aged(pool, 30)
+    target = FolderTarget(pool)
+    (whole,) = target.manifests()
+    write(path, 30, first=1_000)
+    sealed(path)[-1].unlink()
+    for days in (20, 10, 0):
+        assert back_up(path, pool).damaged
+        aged(pool, days)
+    # Of those that lack something the newest is enough.
+    assert delete_old(target, 7) == 2
+    assert target.manifests()[0] == whole
+    restore(pool / whole, path)
+    assert contents(path) == before
+    back_up(path, pool)
+    assert delete_old(target, 0) == 2
+
+
 @pytest.mark.promise("newest-stays")
 def test_as_long_as_a_manifest_cannot_be_read_no_object_goes(path: Path, pool: Path) -> None:
     write(path, 10)

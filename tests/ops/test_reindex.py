@@ -9,16 +9,19 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from click.testing import CliRunner
 
 import logstore.ops.reindex
 from logstore.cli import main
-from logstore.errors import NotAStoreError
+from logstore.errors import NotAStoreError, WriteFailedError
 from logstore.ops.reindex import reindex_at
 from logstore.storage import Log
+from logstore.storage.catalogue import Catalogue
 from tests.engine import deadline, eventually, in_segments, process, read_all, small
+from tests.ops.stores import opened
 
 STREAMS = ("one", "two", "three")
 
@@ -162,6 +165,36 @@ def test_there_must_be_a_store(path: Path) -> None:
     with pytest.raises(NotAStoreError):
         reindex_at(path)
     assert list(path.parent.iterdir()) == []
+
+
+async def test_a_catalogue_that_cannot_be_opened_is_told_clearly(path: Path) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 2)
+    # SQLite finds no file where it needs one, and says no more than that it cannot.
+    path.with_name("events.db-wal").mkdir()
+    with pytest.raises(WriteFailedError, match="cannot be opened"):
+        reindex_at(path)
+
+
+async def test_an_error_of_the_new_index_is_no_damage_of_the_old_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Log(path, small()) as log:
+        await fill(log, 2)
+
+    def refuse(_: Catalogue) -> NoReturn:
+        # What SQLite says when the disk does not give it the schema.
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+    before = inode(path)
+    with opened(path) as store, monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "highest_dropped", refuse)
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            store.reindex()
+    assert inode(path) == before
+    assert sorted(each.name for each in path.parent.iterdir()) == ["events-log", "events.db"]
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ from logstore.errors import DamageError, GapError, LogstoreError, NotAStoreError
 from logstore.ops.access import StoreView, open_existing
 from logstore.ops.backup.manifest import read_manifest
 from logstore.ops.backup.pool import FolderTarget
-from logstore.ops.backup.restore import RestoreResult, restore
+from logstore.ops.backup.restore import RestoreResult, restore, restore_from
 from logstore.storage import Log
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
@@ -41,7 +41,7 @@ from tests.ops.backed_up import (
     snapshot,
     write,
 )
-from tests.storage.disks import FaultyDisk
+from tests.storage.disks import Fault, FaultyDisk
 
 
 @pytest.fixture
@@ -105,6 +105,16 @@ def test_a_backup_takes_the_place_of_a_closed_store(path: Path, pool: Path) -> N
     assert contents(path) == before
     assert list((path.parent / "events-log" / "damaged").iterdir()) == []
     assert not {"restoring", "replaced", "replacing"} & {file.name for file in (path.parent / "events-log").iterdir()}
+
+
+def test_a_store_whose_catalogue_cannot_be_opened_is_replaced_all_the_same(path: Path, pool: Path) -> None:
+    write(path, 20)
+    before = contents(path)
+    back_up(path, pool)
+    # SQLite finds no file where it needs one, and says no more than that it cannot open the database.
+    path.with_name("events.db-wal").mkdir()
+    restore(pool, path)
+    assert contents(path) == before
 
 
 @pytest.mark.promise("restore-old-or-new")
@@ -359,6 +369,44 @@ def test_whatever_call_of_the_disk_fails_the_store_is_the_old_one_or_the_new_one
         # Once it is decided there is no way back.
         assert outcomes == sorted(outcomes, reverse=True)
         assert outcomes.count("new") > 3
+
+
+class Nameless(FaultyDisk):
+    """Says of a descriptor as little as the system does."""
+
+    def read(self, fd: int, length: int, offset: int) -> bytes:
+        try:
+            return super().read(fd, length, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror) from None
+
+
+@pytest.mark.parametrize("kind", ["lock", "open", "read"])
+def test_whatever_call_of_the_pools_disk_fails_the_store_is_as_it_was_and_that_is_said(
+    prepared: tuple[Path, Contents, Contents], tmp_path: Path, kind: str
+) -> None:
+    folder, old, new = prepared
+    shutil.copytree(folder / "store", tmp_path / "store")
+    path = tmp_path / "store" / "events.db"
+    disk = Nameless()
+    target = FolderTarget(folder / "pool", disk)
+    (key,) = target.manifests()
+    errors: list[str] = []
+    for at in every_call():
+        disk.heal()
+        disk.fail(Fault(kind, at))
+        try:
+            restore_from(target, key, path)
+        except WriteFailedError as error:
+            errors.append(str(error))
+        else:
+            break
+        assert contents(path) == old
+    assert contents(path) == new
+    assert errors
+    for said in errors:
+        assert f"{path} is as it was" in said
+        assert str(folder / "pool") in said
 
 
 def interrupted(folder: Path, path: Path, after_marker: int, *, once: bool = False) -> DyingDisk:

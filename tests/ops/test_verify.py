@@ -254,6 +254,15 @@ def test_without_a_catalogue_the_log_is_read_all_the_same(store: Path) -> None:
     assert kinds(store) == {"catalogue", "damage"}
 
 
+def test_a_catalogue_that_cannot_be_opened_is_told_and_the_log_read_all_the_same(store: Path) -> None:
+    store.with_name("events.db-wal").mkdir()
+    (finding,) = found(store)
+    assert finding.kind == "catalogue"
+    assert "unable to open" in finding.reason
+    change(segments(store)[0], 5000, b"\xff\xff\xff\xff")
+    assert kinds(store) == {"catalogue", "damage"}
+
+
 @pytest.mark.promise("verify-finds-all")
 def test_a_damaged_page_of_the_catalogue_is_told(store: Path) -> None:
     with contextlib.closing(sqlite3.connect(store)) as connection:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from logstore.storage.options import Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import Event, encode_frame
 from logstore.storage.tail import Run
-from tests.storage.disks import FaultyDisk
+from tests.storage.disks import Fault, FaultyDisk
 
 STORE_ID = 8
 SEED = frame_seed(STORE_ID)
@@ -98,8 +99,9 @@ class Shelf:
         ]
         self.segments.write(runs, [], NOW_US)
 
-    def read(self, stream: str, after: int = 0, limit: int = 1000) -> list[tuple[str, int]]:
-        return [(each.stream, each.id) for each in self._reader.read(stream, after, limit, [])]
+    def read(self, stream: str, after: int = 0, limit: int = 1000, own: Sequence[Event] = ()) -> list[tuple[str, int]]:
+        frames = [encode_frame(each, SEED) for each in own]
+        return [(each.stream, each.id) for each in self._reader.read(stream, after, limit, frames)]
 
     def close(self) -> None:
         self.segments.close()
@@ -164,4 +166,29 @@ def test_events_beyond_the_limit_are_read_once_and_not_for_each_page(tmp_path: P
     # Another event, and another one is too many.
     shelf.store(a=[11])
     assert [each for _, each in shelf.read("a", 0, 2)] == [8, 9]
+    shelf.close()
+
+
+@pytest.mark.parametrize("kind", ["open", "read"])
+def test_a_segment_that_the_disk_does_not_give_is_a_hole_and_not_the_end_of_the_rest(tmp_path: Path, kind: str) -> None:
+    disk = FaultyDisk()
+    shelf = Shelf(tmp_path, disk)
+    shelf.store(a=[1, 2, 3])
+    shelf.store(a=[4, 5])
+    shelf.store(a=[6, 7])
+    first, bad, _ = sorted(tmp_path.glob("segments/*"))
+    disk.fail(Fault(kind, name=bad.name, from_then_on=True))
+    assert [each for _, each in shelf.read("a")] == [1, 2, 3]
+    with pytest.raises(GapError, match=bad.name):
+        shelf.read("a", 3)
+    assert [each for _, each in shelf.read("a", 5)] == [6, 7]
+    # What is still in memory is no hole.
+    in_memory = [event(4, 3, "a"), event(5, 4, "a")]
+    assert [each for _, each in shelf.read("a", own=in_memory)] == [1, 2, 3, 4, 5]
+    # The system's own trouble is no damage.
+    disk.heal()
+    disk.fail(Fault(kind, name=first.name, error=errno.EMFILE))
+    with pytest.raises(OSError, match="Too many open files"):
+        shelf.read("a")
+    assert [each for _, each in shelf.read("a")] == [1, 2, 3, 4, 5, 6, 7]
     shelf.close()

@@ -256,5 +256,9 @@ def read_pieces(disk: Disk, path: Path, length: int | None = None) -> Iterator[b
         while offset < end and (piece := disk.read(fd, min(READ_BYTES, end - offset), offset)):
             yield piece
             offset += len(piece)
+    except OSError as error:
+        # Of a descriptor the system does not say which file it is.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         disk.close(fd)

@@ -114,23 +114,33 @@ def restore_from(
     """As `restore`, from any target."""
     disk = disk or Disk()
     root = log_folder(path)
-    with target.reading():
-        manifest = read_manifest(target, key)
-        if missing := missing_objects(target, manifest):
-            raise DamageError(
-                Path(target.locate(key)), 0, 0, f"{len(missing)} files of the backup are missing: {missing[0]}"
-            )
-        _refuse_foreign(path, root)
-        restoring = _Restore(disk, target, key, manifest, path, progress)
-        try:
+    restoring: _Restore | None = None
+    try:
+        with target.reading():
+            manifest = read_manifest(target, key)
+            if missing := missing_objects(target, manifest):
+                raise DamageError(
+                    Path(target.locate(key)), 0, 0, f"{len(missing)} files of the backup are missing: {missing[0]}"
+                )
+            _refuse_foreign(path, root)
+            restoring = _Restore(disk, target, key, manifest, path, progress)
             with claim_store(disk, path, root):
                 return restoring.run(until)
-        except (OSError, sqlite3.Error, WriteFailedError) as error:
-            raise WriteFailedError(f"{restoring.standing()}: {error}") from error
+    except (OSError, sqlite3.Error, WriteFailedError) as error:
+        standing = restoring.standing() if restoring else _nothing_restored(path)
+        raise WriteFailedError(f"{standing}: {error}") from error
+
+
+def _nothing_restored(path: Path) -> str:
+    return f"nothing was restored, {path} is as it was"
 
 
 def _refuse_foreign(path: Path, root: Path) -> None:
-    if inspect_file(path, look_only=True) == "damaged" and not (root / "registry.log").exists():
+    try:
+        found = inspect_file(path, look_only=True)
+    except sqlite3.Error:
+        found = "damaged"
+    if found == "damaged" and not (root / "registry.log").exists():
         raise NotAStoreError(f"{path} is not a SQLite database, nothing was written; give another path")
 
 
@@ -158,7 +168,7 @@ class _Restore:
             return f"the restored store is whole, and takes its place when {self._path} is opened next"
         if self._is_decided:
             return f"the restored store is in its place at {self._path}, but the disk refuses"
-        return f"nothing was restored, {self._path} is as it was"
+        return _nothing_restored(self._path)
 
     def run(self, until: datetime | None) -> RestoreResult:
         if is_replacing(self._root):

@@ -90,8 +90,8 @@ def _check_object(target: Target, file: StoredFile) -> list[str]:
 def delete_old(target: Target, max_age_days: float) -> int:
     """Remove backups that are older than `max_age_days`, then the objects that none names any more.
 
-    The newest whole backup of a store stays, however old it is. A crash in between leaves objects without a manifest,
-    which the next call removes.
+    The newest whole backup of a store, in which nothing was damaged, stays, however old it is. A crash in between
+    leaves objects without a manifest, which the next call removes.
 
     Returns:
         How many backups were removed.
@@ -121,7 +121,9 @@ def _divide(target: Target, oldest: datetime) -> tuple[dict[str, Manifest | None
     """Return the manifests to keep, those that cannot be read as None, and the keys of those to remove."""
     kept: dict[str, Manifest | None] = {}
     old: list[str] = []
-    safe: set[int] = set()
+    # Stores of which a newer backup has all its objects; and of those, in which nothing was damaged when it was made.
+    there: set[int] = set()
+    whole: set[int] = set()
     for key in reversed(target.manifests()):
         begun = time_of(key)
         is_old = begun is not None and begun < oldest
@@ -136,12 +138,14 @@ def _divide(target: Target, oldest: datetime) -> tuple[dict[str, Manifest | None
         except FormatVersionError:
             kept[key] = None
             continue
-        if is_old and manifest.store_id in safe:
+        if is_old and manifest.store_id in (there if manifest.damaged else whole):
             old.append(key)
         else:
             kept[key] = manifest
             if not missing_objects(target, manifest):
-                safe.add(manifest.store_id)
+                there.add(manifest.store_id)
+                if not manifest.damaged:
+                    whole.add(manifest.store_id)
     return kept, old
 
 
