@@ -1,0 +1,26 @@
+"""This store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from logstore import create_event_store
+from logstore.mcp.base import LogEventStore
+from logstore.storage import Durability
+
+
+@asynccontextmanager
+async def logstore(folder: Path, *, durability: Durability, **settings: Any) -> AsyncGenerator[LogEventStore]:
+    """Open it as `get_config("production")` does, but that nothing goes, however many events a stream has.
+
+    Args:
+        folder: Where it writes.
+        durability: What an acknowledgement means.
+        **settings: Of `create_event_store`, beside that.
+    """
+    options = {"max_events_per_stream": 1_000_000_000, "backup_enabled": True, **settings}
+    async with create_event_store(db_path=folder / "events.db", durability=durability, **options) as store:
+        yield store
