@@ -18,7 +18,7 @@ from bench.claims import Claim
 from bench.command import run
 from bench.messages import MESSAGE, wire_bytes
 from bench.peers import PEERS
-from bench.turns import Figures, Place, Rows, Task
+from bench.turns import Figures, Place, Rows, Task, subfolder
 from bench.writers import Written, allow_connections, row_of, write_for
 
 WRITERS: Final = (1, 16, 128, 1024)
@@ -31,12 +31,11 @@ def append(folder: Path, name: str, seconds: float, numbers: tuple[int, ...] = W
     """Measure a store, a new one for each number of writers."""
     allow_connections()
     return {
-        row_of(writers): asyncio.run(_append(folder / str(writers), name, writers, seconds)) for writers in numbers
+        row_of(writers): asyncio.run(_append(subfolder(folder, writers), name, writers, seconds)) for writers in numbers
     }
 
 
 async def _append(folder: Path, name: str, writers: int, seconds: float) -> Figures:
-    folder.mkdir()
     async with PEERS[name].open(folder) as store:
         written = await write_for(store, writers, seconds)
     return written.figures
@@ -122,6 +121,7 @@ BENCHMARK: Final = Benchmark(
     title="events of 600 bytes, one after another from each of so many tasks",
     tasks=tasks,
     claims=CLAIMS,
+    quick_rounds=2,
 )
 
 if __name__ == "__main__":

@@ -62,9 +62,7 @@ def _choose(benchmark: Benchmark, arguments: argparse.Namespace) -> tuple[dict[s
     return {name: task for name, task in tasks.items() if name not in left_out}, left_out
 
 
-def _tell(
-    benchmark: Benchmark, rounds: list[Round], left_out: Mapping[str, str], failed: Mapping[str, str]
-) -> None:
+def _tell(benchmark: Benchmark, rounds: list[Round], left_out: Mapping[str, str], failed: Mapping[str, str]) -> None:
     print(f"\n{benchmark.name}: {benchmark.title}\n")
     print(results_table(rounds))
     for name, why in left_out.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 _STATUS: Final = Path("/proc/self/status")
+_UNIT: Final = 1 if sys.platform == "darwin" else 1024
 _LOOK_S: Final = 0.25
 
 
@@ -26,8 +27,12 @@ def peak_mb() -> float:
     if _STATUS.exists():
         # Not ru_maxrss here: Linux hands it down from the parent.
         return _of_status("VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 1e6
+
+
+def children_peak_mb() -> float:
+    """Return the most that one of this process's children ever had resident, in MB; 0 without any."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT / 1e6
 
 
 def _of_status(field: str) -> float:

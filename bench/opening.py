@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from bench.claims import Claim
 from bench.command import run
 from bench.messages import MESSAGE, wire_bytes
 from bench.peers.ours import logstore
-from bench.turns import Place, Rows, Task
+from bench.turns import Place, Rows, Task, beside
 from logstore.storage import Log, LogOptions
 from logstore.storage.options import MIB
 
@@ -34,20 +33,17 @@ def reopen(folder: Path, journal_bytes: int = _JOURNAL_BYTES) -> Rows:
     Raises:
         RuntimeError: The store does not have everything that was acknowledged.
     """
-    here, there = get_context("spawn").Pipe()
-    process = get_context("spawn").Process(target=_fill, args=(folder, journal_bytes, there))
-    process.start()
-    events: int = here.recv()
-    process.kill()
-    process.join()
+    with beside(_fill, folder, journal_bytes) as (process, told):
+        events: int = told.recv()
+        process.kill()
     return asyncio.run(_open(folder, events))
 
 
-def _fill(folder: Path, journal_bytes: int, told: Connection) -> None:
-    asyncio.run(_append(folder, journal_bytes, told))
+def _fill(told: Connection, folder: Path, journal_bytes: int) -> None:
+    asyncio.run(_append(told, folder, journal_bytes))
 
 
-async def _append(folder: Path, journal_bytes: int, told: Connection) -> None:
+async def _append(told: Connection, folder: Path, journal_bytes: int) -> None:
     options = LogOptions(
         # Nothing goes to segments.
         journal_file_bytes=2 * journal_bytes,
@@ -89,9 +85,7 @@ BENCHMARK: Final = Benchmark(
     name="opening",
     title="opening a store whose process was killed with a full journal",
     tasks=tasks,
-    claims=(
-        Claim("opening after SIGKILL, full journal: seconds", Place(_FULL, "", "open_s"), relation="<=", must=1),
-    ),
+    claims=(Claim("opening after SIGKILL, full journal: seconds", Place(_FULL, "", "open_s"), relation="<=", must=1),),
 )
 
 if __name__ == "__main__":

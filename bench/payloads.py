@@ -13,7 +13,7 @@ from bench.benchmark import Benchmark
 from bench.command import run
 from bench.messages import message_of
 from bench.peers import PEERS
-from bench.turns import Figures, Rows, Task
+from bench.turns import Figures, Rows, Task, subfolder
 from bench.writers import write_for
 
 WRITERS: Final = 16
@@ -25,11 +25,10 @@ _FULL_S: Final = 1.0
 
 def append(folder: Path, name: str, seconds: float, sizes: tuple[int, ...] = SIZES) -> Rows:
     """Measure a store, a new one for each size."""
-    return {f"{size:,} bytes": asyncio.run(_append(folder / str(size), name, size, seconds)) for size in sizes}
+    return {f"{size:,} bytes": asyncio.run(_append(subfolder(folder, size), name, size, seconds)) for size in sizes}
 
 
 async def _append(folder: Path, name: str, size: int, seconds: float) -> Figures:
-    folder.mkdir()
     async with PEERS[name].open(folder) as store:
         written = await write_for(store, WRITERS, seconds, message=message_of(size))
     return {"mb_s": written.events * size / written.seconds / 1e6, **written.figures}

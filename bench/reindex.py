@@ -18,7 +18,7 @@ from typing import Final
 from bench.benchmark import Benchmark
 from bench.claims import Claim
 from bench.command import run
-from bench.memory import peak_mb
+from bench.memory import children_peak_mb, peak_mb
 from bench.turns import Figures, Place, Rows, Task, in_process
 from logstore.ops.reindex import reindex_at
 from logstore.storage import Log, LogOptions
@@ -64,7 +64,7 @@ def reindex(path: Path) -> Figures:
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     done = reindex_at(path)
-    return {"events_s": done.events_s, "peak_mb": peak_mb()}
+    return {"events_s": done.events_s, "peak_mb": peak_mb(), "scanner_mb": children_peak_mb()}
 
 
 def bare(path: Path) -> Figures:

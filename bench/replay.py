@@ -74,7 +74,9 @@ async def _filled(store: EventStore) -> list[list[str]]:
 
 async def _replayed(store: EventStore, ids: list[list[str]], seconds: float, keeps: int | None) -> Rows:
     return {
-        f"{missed:,} missed": await _replay(store, [stream[-1 - missed :][-(keeps or len(stream)) :] for stream in ids], seconds)
+        f"{missed:,} missed": await _replay(
+            store, [stream[-1 - missed :][-(keeps or len(stream)) :] for stream in ids], seconds
+        )
         for missed in MISSED
     }
 
@@ -125,7 +127,11 @@ CLAIMS: Final = tuple(
 )
 
 BENCHMARK: Final = Benchmark(
-    name="replay", title="events of 600 bytes that a client missed, sent again", tasks=tasks, claims=CLAIMS
+    name="replay",
+    title="events of 600 bytes that a client missed, sent again",
+    tasks=tasks,
+    claims=CLAIMS,
+    quick_rounds=2,
 )
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from typing import Final
 
 from bench.benchmark import Benchmark
 from bench.command import run
-from bench.memory import peak_mb
 from bench.peers import PEERS
-from bench.turns import Rows, Task, in_process
+from bench.turns import Figures, Rows, Task, subfolder
 from bench.writers import allow_connections, write
 
 WRITERS: Final = 128
@@ -30,29 +29,26 @@ STORES: Final[dict[str, int]] = {
 
 
 def append(folder: Path, name: str, events: int) -> Rows:
-    """Measure a store with ever more streams, each in a process of its own for its memory."""
-    rows: Rows = {}
-    streams = 1
-    while streams <= events // EVENTS_A_STREAM:
-        rows |= in_process(_append, folder / str(streams), name, events, streams)
-        streams *= 100
-    return rows | in_process(_append, folder / "most", name, events, events // EVENTS_A_STREAM)
-
-
-def _append(folder: Path, name: str, events: int, streams: int) -> Rows:
-    folder.mkdir()
+    """Measure a store with ever more streams, a new store for each number."""
     allow_connections()
-    return asyncio.run(_write(folder, name, events, streams))
+    most = events // EVENTS_A_STREAM
+    numbers = [number for number in (1, 100, 10_000) if number < most]
+    return {
+        "1 stream" if number == 1 else f"{number:,} streams": asyncio.run(
+            _append(subfolder(folder, number), name, events, number)
+        )
+        for number in (*numbers, most)
+    }
 
 
-async def _write(folder: Path, name: str, events: int, streams: int) -> Rows:
+async def _append(folder: Path, name: str, events: int, streams: int) -> Figures:
     def stream_of(writer: int, number: int) -> str:
         # All writers go through the streams, so that a stream's events come one after another.
         return f"stream-{(number * WRITERS + writer) * streams // events}"
 
     async with PEERS[name].open(folder) as store:
         written = await write(store, WRITERS, events // WRITERS * WRITERS, stream_of=stream_of)
-    return {f"{streams:,} streams": {**written.figures, "peak_mb": peak_mb()}}
+    return written.figures
 
 
 def tasks(full: bool) -> dict[str, Task]:

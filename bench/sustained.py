@@ -65,7 +65,9 @@ def sustained(folder: Path, events: int, events_a_stream: int = 0, lookups: int 
         events_a_stream: After so many a writer goes on with a new stream; 0 for one stream a writer.
         lookups: Events to look up by id afterwards.
     """
-    return asyncio.run(_sustained(folder, events, events_a_stream, lookups))
+    rows = asyncio.run(_sustained(folder, events, events_a_stream, lookups))
+    rows[""]["files"] = sum(entry.is_file() for entry in folder.rglob("*"))
+    return rows
 
 
 async def _sustained(folder: Path, events: int, events_a_stream: int, lookups: int) -> Rows:
@@ -97,7 +99,6 @@ async def _sustained(folder: Path, events: int, events_a_stream: int, lookups: i
             "events_s": done / seconds,
             "peak_mb": peak,
             "growth": course.growth,
-            "files": sum(entry.is_file() for entry in folder.rglob("*")),
             "seconds": course.seconds,
             "memory_mb": course.memory_mb,
             "events": course.events,
@@ -144,12 +145,8 @@ CLAIMS: Final = (
         to=Place(BURST, "", "events_s"),
     ),
     Claim("ten million events: peak memory, MB", of=Place(LONG, "", "peak_mb"), relation="<=", must=250),
-    Claim(
-        "ten million events: memory, last quarter to second", of=Place(LONG, "", "growth"), relation="<=", must=1.1
-    ),
-    Claim(
-        "lookup of an id among them: p99, µs", of=Place(LONG, "lookup by id", "p99_us"), relation="<=", must=1_000
-    ),
+    Claim("ten million events: memory, last quarter to second", of=Place(LONG, "", "growth"), relation="<=", must=1.1),
+    Claim("lookup of an id among them: p99, µs", of=Place(LONG, "lookup by id", "p99_us"), relation="<=", must=1_000),
     Claim(
         "a million streams of 3 events: rate, to that of ten million events",
         of=Place(TINY, "", "events_s"),

@@ -6,14 +6,22 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
+
+_FROM_SERVER: Final = get_context("forkserver")
+"""Processes are forked from one that has imported what takes a second, and has done nothing else."""
+_FROM_SERVER.set_forkserver_preload(["bench.peers", "bench.serving"])
 
 Figures = dict[str, float | list[float]]
 """What was measured at once, by name; the name ends with the unit. A list is a course over time."""
@@ -57,10 +65,47 @@ def typical(rounds: list[Round], place: Place) -> float | None:
     return statistics.median(values) if values else None
 
 
+def _processes() -> ForkContext | ForkServerContext:
+    # What runs in a process of its own already is forked from there: it would start another server.
+    return _FROM_SERVER if parent_process() is None else get_context("fork")
+
+
 def in_process(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Call a function in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    """Call a function in a process of its own; inside another one before that has any threads."""
+    with ProcessPoolExecutor(1, mp_context=_processes()) as process:
         return process.submit(function, *arguments).result()
+
+
+@contextmanager
+def beside(function: Callable[..., None], *arguments: Any) -> Generator[tuple[BaseProcess, Connection]]:
+    """Run a function in a process of its own beside the block; inside another one before that has any threads.
+
+    Args:
+        function: Called with one end of a pipe, and the arguments.
+        *arguments: What else it gets.
+
+    Yields:
+        The process, which is ended with the block, and the other end of the pipe.
+    """
+    processes = _processes()
+    here, there = processes.Pipe()
+    process = processes.Process(target=function, args=(there, *arguments))
+    process.start()
+    # Its end is the process's alone, so that what waits for a message is told when that dies.
+    there.close()
+    try:
+        yield process, here
+    finally:
+        process.terminate()
+        process.join()
+        here.close()
+
+
+def subfolder(folder: Path, name: object) -> Path:
+    """Make a folder in a task's folder, and return its path."""
+    own = folder / str(name)
+    own.mkdir()
+    return own
 
 
 def take_turns(

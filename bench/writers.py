@@ -96,11 +96,13 @@ async def write(
     return Written(events, seconds, times_s)
 
 
-async def write_for(store: EventStore, writers: int, seconds: float, **options: JSONRPCNotification) -> Written:
+async def write_for(
+    store: EventStore, writers: int, seconds: float, *, message: JSONRPCNotification = MESSAGE
+) -> Written:
     """Store as many events as take about so long, by the time that a few take."""
-    trial = await write(store, writers, max(1, _TRIAL_EVENTS // writers) * writers, **options)
+    trial = await write(store, writers, max(1, _TRIAL_EVENTS // writers) * writers, message=message)
     a_writer = max(1, round(seconds * trial.events / trial.seconds / writers))
-    return await write(store, writers, a_writer * writers, **options)
+    return await write(store, writers, a_writer * writers, message=message)
 
 
 def allow_connections() -> None:

@@ -41,9 +41,9 @@ async def redis(folder: Path) -> AsyncGenerator[EventStore]:
     from key_value.aio.stores.redis import RedisStore
     from redis.asyncio import Redis
 
-    async with (
-        redis_server(folder, "everysec") as port,
-        Redis(port=port, max_connections=MOST_CONNECTIONS, decode_responses=True) as client,
-        RedisStore(client=client) as storage,
-    ):
-        yield FastMcpStore(storage)
+    with redis_server(folder, "everysec") as port:
+        async with (
+            Redis(port=port, max_connections=MOST_CONNECTIONS, decode_responses=True) as client,
+            RedisStore(client=client) as storage,
+        ):
+            yield FastMcpStore(storage)

@@ -40,10 +40,7 @@ async def redis(folder: Path) -> AsyncGenerator[EventStore]:
     """Open the Redis store, over a server that syncs every second."""
     from mcp_persist import RedisEventStore
 
-    async with (
-        redis_server(folder, "everysec") as port,
-        RedisEventStore.create(
-            f"redis://127.0.0.1:{port}", ttl=_TTL_S, max_connections=MOST_CONNECTIONS
-        ) as store,
-    ):
-        yield store
+    with redis_server(folder, "everysec") as port:
+        url = f"redis://127.0.0.1:{port}"
+        async with RedisEventStore.create(url, ttl=_TTL_S, max_connections=MOST_CONNECTIONS) as store:
+            yield store

@@ -54,7 +54,7 @@ async def jetstream(folder: Path) -> AsyncGenerator[EventStore]:
     """Open one over a server of its own."""
     import nats
 
-    async with nats_server(folder) as port:
+    with nats_server(folder) as port:
         client = await nats.connect(f"nats://127.0.0.1:{port}")
         context = client.jetstream()
         await context.add_stream(name=_STREAM, subjects=[f"{_STREAM}.*"])

@@ -21,6 +21,6 @@ async def logstore(folder: Path, *, durability: Durability, **settings: Any) -> 
         durability: What an acknowledgement means.
         **settings: Of `create_event_store`, beside that.
     """
-    options = {"max_events_per_stream": 1_000_000_000, "backup_enabled": True, **settings}
+    options: dict[str, Any] = {"max_events_per_stream": 1_000_000_000, "backup_enabled": True, **settings}
     async with create_event_store(db_path=folder / "events.db", durability=durability, **options) as store:
         yield store

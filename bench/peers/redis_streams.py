@@ -43,10 +43,15 @@ class RedisStreamsStore(EventStore):
 @asynccontextmanager
 async def streams(folder: Path, *, appendfsync: Literal["always", "everysec"]) -> AsyncGenerator[EventStore]:
     """Open one over a server of its own."""
+    with redis_server(folder, appendfsync) as port:
+        async with joined(port) as store:
+            yield store
+
+
+@asynccontextmanager
+async def joined(port: int) -> AsyncGenerator[EventStore]:
+    """Open one over a server that runs."""
     from redis.asyncio import Redis
 
-    async with (
-        redis_server(folder, appendfsync) as port,
-        Redis(port=port, max_connections=MOST_CONNECTIONS) as client,
-    ):
+    async with Redis(port=port, max_connections=MOST_CONNECTIONS) as client:
         yield RedisStreamsStore(client)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
-import sys
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,8 +19,8 @@ _START_S: Final = 10.0
 _LOOK_S: Final = 0.02
 
 
-@asynccontextmanager
-async def redis_server(folder: Path, appendfsync: Literal["always", "everysec"]) -> AsyncGenerator[int]:
+@contextmanager
+def redis_server(folder: Path, appendfsync: Literal["always", "everysec"]) -> Generator[int]:
     """Run Redis with an append-only file in a folder; yield its port.
 
     Args:
@@ -40,16 +39,16 @@ async def redis_server(folder: Path, appendfsync: Literal["always", "everysec"])
         "auto-aof-rewrite-percentage": "0",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    async with _running("redis-server", arguments, port, folder):
+    with _running("redis-server", arguments, port, folder):
         yield port
 
 
-@asynccontextmanager
-async def nats_server(folder: Path) -> AsyncGenerator[int]:
+@contextmanager
+def nats_server(folder: Path) -> Generator[int]:
     """Run NATS with JetStream in a folder; yield its port."""
     port = free_port()
     arguments = ["--addr", "127.0.0.1", "--port", str(port), "--jetstream", "--store_dir", str(folder)]
-    async with _running("nats-server", arguments, port, folder):
+    with _running("nats-server", arguments, port, folder):
         yield port
 
 
@@ -60,34 +59,33 @@ def free_port() -> int:
     return port
 
 
-@asynccontextmanager
-async def _running(program: str, arguments: Sequence[str], port: int, folder: Path) -> AsyncGenerator[None]:
+@contextmanager
+def _running(program: str, arguments: Sequence[str], port: int, folder: Path) -> Generator[None]:
+    """Run a program for the block, from when it accepts connections on.
+
+    Raises:
+        RuntimeError: It does not come to that.
+    """
     path = find_program(program)
     assert path is not None
     log = folder / f"{program}.log"
     with log.open("wb") as said:
         process = subprocess.Popen([path, *arguments], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     try:
-        try:
-            async with asyncio.timeout(_START_S):
-                while process.poll() is None and not await _accepts(port):
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError:
-            sys.stderr.write(log.read_text())
-            raise
-        if process.poll() is not None:
-            raise RuntimeError(f"{program} ended with {process.returncode}: {log.read_text()}")
+        deadline = time.monotonic() + _START_S
+        while not _accepts(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{program} does not serve: {log.read_text()}")
+            time.sleep(_LOOK_S)
         yield
     finally:
         process.terminate()
         process.wait()
 
 
-async def _accepts(port: int) -> bool:
+def _accepts(port: int) -> bool:
     try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        socket.create_connection(("127.0.0.1", port)).close()
     except OSError:
         return False
-    writer.close()
-    await writer.wait_closed()
     return True
