@@ -18,7 +18,8 @@ from bench.claims import Claim
 from bench.command import run
 from bench.messages import MESSAGE, wire_bytes
 from bench.peers import PEERS
-from bench.turns import Figures, Place, Rows, Task, subfolder
+from bench.pictures import draw_lines
+from bench.turns import Figures, Place, Round, Rows, Task, subfolder
 from bench.writers import Written, allow_connections, row_of, write_for
 
 WRITERS: Final = (1, 16, 128, 1024)
@@ -116,12 +117,25 @@ CLAIMS: Final = (
     ),
 )
 
+
+def draw(rounds: list[Round], folder: Path) -> list[Path]:
+    """Draw the rates over the number of writers."""
+    durable = [name for name, peer in PEERS.items() if peer.acknowledged == "on disk"]
+    panels = {
+        "on disk when acknowledged": [BARE, *durable],
+        "not yet on disk when acknowledged": [name for name in PEERS if name not in durable],
+    }
+    rows = {writers: row_of(writers) for writers in WRITERS}
+    return draw_lines(rounds, panels, rows, "tasks that append", folder / "append.svg")
+
+
 BENCHMARK: Final = Benchmark(
     name="append",
     title="events of 600 bytes, one after another from each of so many tasks",
     tasks=tasks,
     claims=CLAIMS,
     quick_rounds=2,
+    draw=draw,
 )
 
 if __name__ == "__main__":

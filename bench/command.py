@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,6 +45,7 @@ def run(benchmarks: Sequence[Benchmark], program: str) -> None:
             "failed": problems,
             "claims": [{**asdict(each.claim), "values": each.values, "holds": each.word} for each in of_these],
         }
+        _draw(benchmark, rounds, arguments.pictures)
         if arguments.json:
             arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     if verdicts:
@@ -72,6 +74,16 @@ def _tell(benchmark: Benchmark, rounds: list[Round], left_out: Mapping[str, str]
     sys.stdout.flush()
 
 
+def _draw(benchmark: Benchmark, rounds: list[Round], folder: Path | None) -> None:
+    if folder is None or benchmark.draw is None or not any(rounds):
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print("left out: the picture: matplotlib is not installed; the extra `bench` has it")
+        return
+    for path in benchmark.draw(rounds, folder):
+        print(f"drawn: {path}")
+
+
 def _parser(benchmarks: Sequence[Benchmark], program: str) -> argparse.ArgumentParser:
     description = benchmarks[0].title if len(benchmarks) == 1 else "Measure this store beside its peers."
     parser = argparse.ArgumentParser(prog=program, description=description)
@@ -86,4 +98,5 @@ def _parser(benchmarks: Sequence[Benchmark], program: str) -> argparse.ArgumentP
         "--dir", type=Path, default=Path(), help="where stores are written and removed again: on a real disk"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure of every round to FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw the results into FOLDER, as SVG")
     return parser

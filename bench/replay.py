@@ -22,7 +22,8 @@ from bench.messages import MESSAGE
 from bench.peers import PEERS
 from bench.peers.ours import logstore
 from bench.percentiles import percentiles
-from bench.turns import Figures, Place, Rows, Task
+from bench.pictures import draw_bars
+from bench.turns import Figures, Place, Round, Rows, Task
 
 MISSED: Final = (1, 1_000)
 STREAMS: Final = 8
@@ -126,12 +127,23 @@ CLAIMS: Final = tuple(
     for missed in reversed(MISSED)
 )
 
+
+def draw(rounds: list[Round], folder: Path) -> list[Path]:
+    """Draw the rates of replays."""
+    panels = {
+        "replay of 1,000 events: events a second": Place("", "1,000 missed", "events_s"),
+        "replay of 1 event: µs": Place("", "1 missed", "p50_us"),
+    }
+    return draw_bars(rounds, panels, list(tasks(True)), folder / "replay.svg")
+
+
 BENCHMARK: Final = Benchmark(
     name="replay",
     title="events of 600 bytes that a client missed, sent again",
     tasks=tasks,
     claims=CLAIMS,
     quick_rounds=2,
+    draw=draw,
 )
 
 if __name__ == "__main__":

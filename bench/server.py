@@ -22,9 +22,10 @@ from bench.clients import Client, make_calls
 from bench.command import run
 from bench.peers import PEERS
 from bench.percentiles import percentiles
+from bench.pictures import draw_bars
 from bench.processor import processor_s
 from bench.serving import NO_STORE, serve
-from bench.turns import Figures, Place, Rows, Task, beside, subfolder
+from bench.turns import Figures, Place, Round, Rows, Task, beside, subfolder
 
 CLIENTS: Final = (1, 16)
 _WARM_CALLS: Final = 64
@@ -137,11 +138,22 @@ CLAIMS: Final = tuple(
     for durability, clients in (("always", 16), ("interval", 1))
 )
 
+
+def draw(rounds: list[Round], folder: Path) -> list[Path]:
+    """Draw what a call costs the server."""
+    panels = {
+        f"{_row(clients)}: ms of processor time a call": Place("", _row(clients), "cpu_ms") for clients in CLIENTS
+    }
+    names = [name for name in tasks(True) if name not in map(_paired, _PAIRED)]
+    return draw_bars(rounds, panels, names, folder / "server.svg")
+
+
 BENCHMARK: Final = Benchmark(
     name="server",
     title="calls of a tool on a whole server, five events each",
     tasks=tasks,
     claims=CLAIMS,
+    draw=draw,
 )
 
 if __name__ == "__main__":

@@ -21,13 +21,15 @@ from bench.memory import peak_mb, watched
 from bench.messages import MESSAGE
 from bench.peers.ours import logstore
 from bench.percentiles import percentiles
-from bench.turns import Place, Rows, Task
+from bench.pictures import draw_course
+from bench.turns import Place, Round, Rows, Task
 from bench.writers import write
 from logstore.mcp.base import EventLog, LogEventStore
 from logstore.storage import Log
 
 WRITERS: Final = 128
 _MEMORY_BYTES: Final = 64_000_000
+_MOST_MB: Final = 250
 _BURST_EVENTS: Final = WRITERS * 128
 """Less than a journal file, so that nothing of it goes to segments meanwhile."""
 _BURSTS: Final = 8
@@ -144,7 +146,7 @@ CLAIMS: Final = (
         goal=0.7,
         to=Place(BURST, "", "events_s"),
     ),
-    Claim("ten million events: peak memory, MB", of=Place(LONG, "", "peak_mb"), relation="<=", must=250),
+    Claim("ten million events: peak memory, MB", of=Place(LONG, "", "peak_mb"), relation="<=", must=_MOST_MB),
     Claim("ten million events: memory, last quarter to second", of=Place(LONG, "", "growth"), relation="<=", must=1.1),
     Claim("lookup of an id among them: p99, µs", of=Place(LONG, "lookup by id", "p99_us"), relation="<=", must=1_000),
     Claim(
@@ -155,15 +157,25 @@ CLAIMS: Final = (
         goal=0.75,
         to=Place(LONG, "", "events_s"),
     ),
-    Claim("a million streams of 3 events: peak memory, MB", of=Place(TINY, "", "peak_mb"), relation="<=", must=250),
+    Claim(
+        "a million streams of 3 events: peak memory, MB", of=Place(TINY, "", "peak_mb"), relation="<=", must=_MOST_MB
+    ),
     Claim("a million streams of 3 events: files", of=Place(TINY, "", "files"), relation="<=", must=6_000),
 )
+
+
+def draw(rounds: list[Round], folder: Path) -> list[Path]:
+    """Draw rate and memory over the events."""
+    courses = {f"{WRITERS} streams": LONG, "streams of 3 events": TINY}
+    return draw_course(rounds, courses, _MOST_MB, folder / "sustained.svg")
+
 
 BENCHMARK: Final = Benchmark(
     name="sustained",
     title=f"events of 600 bytes from {WRITERS} tasks, on disk when acknowledged, for minutes",
     tasks=tasks,
     claims=CLAIMS,
+    draw=draw,
     full_rounds=2,
 )
 

@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Place(NamedTuple):
         return None if isinstance(found, list) else found
 
 
-def typical(rounds: list[Round], place: Place) -> float | None:
+def typical(rounds: Sequence[Round], place: Place) -> float | None:
     """Return the median of a figure over the rounds in which it was measured; None when there is none."""
     values = [value for results in rounds if (value := place.value(results)) is not None]
     return statistics.median(values) if values else None
