@@ -59,6 +59,8 @@ def draw_lines(
                     for number, row in rows.items()
                     if (value := typical(rounds, Place(name, row, "events_s"))) is not None
                 }
+                if not found:
+                    continue
                 width = 2.2 if name.startswith(_OURS) else 1.2
                 each.plot(list(found), list(found.values()), "o-", color=colour(name), lw=width, ms=3, label=name)
             each.set(title=title, xscale="log", yscale="log", xlabel=axis)
@@ -70,7 +72,7 @@ def draw_lines(
 
 
 def draw_bars(rounds: Sequence[Round], panels: dict[str, Place], names: Sequence[str], path: Path) -> list[Path]:
-    """Draw one figure of each store as bars.
+    """Draw one figure of each store as bars, on a logarithmic scale.
 
     Args:
         rounds: The results.
@@ -87,8 +89,11 @@ def draw_bars(rounds: Sequence[Round], panels: dict[str, Place], names: Sequence
                 each.text(
                     value, place_y, f" {value:,.3g}" if value < 100 else f" {value:,.0f}", va="center", fontsize=7
                 )
-            each.set(title=title)
-            each.margins(x=0.18)
+            each.set(title=title, xscale="log")
+            if known:
+                # Room for the figures; a bar of a logarithmic scale has no natural beginning.
+                each.set_xlim(min(known.values()) / 3, max(known.values()) * 3)
+            each.minorticks_off()
             each.grid(visible=False, axis="y")
         axes[0].invert_yaxis()
     return [path]
@@ -121,7 +126,9 @@ def draw_course(rounds: Sequence[Round], courses: dict[str, str], limit_mb: floa
 
 
 def colour(name: str) -> str:
-    """Return the colour of a store."""
+    """Return the colour of a store; ways of using this one have its own."""
+    if name not in PEERS and name.startswith(_OURS):
+        name = "logstore always"
     return PEERS[name].colour if name in PEERS else _OTHER_COLOUR
 
 
