@@ -55,7 +55,7 @@ async def _appends(folder: Path, job: Callable[[OpenStore], Any], idle_s: float)
             await store.store_event(stream, MESSAGE)
             done += 1
 
-    async with logstore(folder, durability="always") as store, asyncio.TaskGroup() as tasks:
+    async with logstore(folder / "events.db", durability="always") as store, asyncio.TaskGroup() as tasks:
         log = store.opened
         assert isinstance(log, Log)
         for writer in range(WRITERS):

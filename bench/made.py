@@ -21,7 +21,6 @@ PAYLOAD_BYTES: Final = 200
 _DAY_S: Final = 86_400
 _DAYS: Final = 20
 _LARGE: Final = 8
-_LARGE_EVENTS: Final = 1_500
 _TINY_EVENTS: Final = 3
 _CHECKPOINT_EVENTS: Final = 20_000
 
@@ -30,7 +29,11 @@ OLDER_HALF: Final = Retention(max_age_s=_DAYS / 2 * _DAY_S)
 
 
 def make(path: Path, events: int) -> None:
-    """Make a store of so many events, at least."""
+    """Make a store of so many events, 100 at least: three fifths in large streams, the rest in tiny ones."""
+    checkpoints = -(-events // _CHECKPOINT_EVENTS)
+    large = events // checkpoints * 3 // 5 // _LARGE
+    small = (events // checkpoints - large * _LARGE) // _TINY_EVENTS
+    total = checkpoints * (large * _LARGE + small * _TINY_EVENTS)
     store = OpenStore(Disk(), path, 8 * MIB)
     seed = frame_seed(store.store_id)
     ids = IdGenerator(1)
@@ -44,7 +47,7 @@ def make(path: Path, events: int) -> None:
         nonlocal done
         made, frames = [], []
         for _ in range(count):
-            time_us = start_us + done * span_us // events
+            time_us = start_us + done * span_us // total
             event_id = ids.next(time_us)
             frames.append(encode_frame(Event(event_id, last.get(stream, 0), time_us, stream, 0, payload), seed))
             made.append(event_id)
@@ -52,9 +55,9 @@ def make(path: Path, events: int) -> None:
             done += 1
         return Run(stream, made, frames)
 
-    while done < events:
-        runs = [run(f"large-{each}", _LARGE_EVENTS) for each in range(_LARGE)]
-        for _ in range((_CHECKPOINT_EVENTS - _LARGE * _LARGE_EVENTS) // _TINY_EVENTS):
+    for _ in range(checkpoints):
+        runs = [run(f"large-{each}", large) for each in range(_LARGE)]
+        for _ in range(small):
             tiny += 1
             runs.append(run(f"tiny-{tiny}", _TINY_EVENTS))
             del last[f"tiny-{tiny}"]

@@ -19,7 +19,7 @@ def wire_bytes(message: JSONRPCNotification) -> bytes:
 
 
 def _notification(data: str) -> JSONRPCNotification:
-    params = {"level": "info", "logger": "bench", "data": data}
+    params = {"level": "info", "data": data}
     return JSONRPCNotification(jsonrpc="2.0", method="notifications/message", params=params)
 
 

@@ -64,7 +64,7 @@ async def _append(told: Connection, folder: Path, journal_bytes: int) -> None:
 
 async def _open(folder: Path, events: int) -> Rows:
     began = time.perf_counter()
-    async with logstore(folder, durability="always") as store:
+    async with logstore(folder / "events.db", durability="always") as store:
         opened = time.perf_counter()
         await store.store_event("stream-0", MESSAGE)
         stored = time.perf_counter()

@@ -53,7 +53,7 @@ def ours(folder: Path, from_disk: bool, seconds: float) -> Rows:
 
 async def _ours(folder: Path, from_disk: bool, seconds: float) -> Rows:
     def opened() -> AbstractAsyncContextManager[EventStore]:
-        return logstore(folder, durability="interval", memory_cache_size=max(MISSED) + 1)
+        return logstore(folder / "events.db", durability="interval", memory_cache_size=max(MISSED) + 1)
 
     async with opened() as store:
         ids = await _filled(store)

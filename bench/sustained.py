@@ -1,8 +1,8 @@
 """What is left of a burst when it does not end: `python -m bench.sustained`.
 
 Ten million events with everything on: index, segments, retention and compaction by the schedule, each event on disk
-before it is acknowledged, 64 MB for tail and cache. Then some of them are looked up by id. Beside it short bursts into
-an idle store, and a million streams of three events.
+before it is acknowledged, 64 MB for tail and cache. Then some of them are looked up by id. Beside it short bursts,
+and a million streams of three events.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from bench.pictures import draw_course
 from bench.turns import Place, Round, Rows, Task
 from bench.writers import write
 from logstore.mcp.base import EventLog, LogEventStore
-from logstore.storage import Log
 
 WRITERS: Final = 128
 _MEMORY_BYTES: Final = 64_000_000
@@ -34,28 +33,20 @@ _BURST_EVENTS: Final = WRITERS * 128
 """Less than a journal file, so that nothing of it goes to segments meanwhile."""
 _BURSTS: Final = 8
 _LOOKUPS: Final = 5_000
-_LOOK_S: Final = 0.02
 
 
 def bursts(folder: Path, count: int = _BURSTS, events: int = _BURST_EVENTS) -> Rows:
-    """Measure bursts into a store that has nothing else to do, one after another."""
+    """Measure bursts, each into a new store."""
     return asyncio.run(_bursts(folder, count, events))
 
 
 async def _bursts(folder: Path, count: int, events: int) -> Rows:
     seconds: list[float] = []
-    async with logstore(folder, durability="always", memory_cache_bytes=_MEMORY_BYTES) as store:
-        for _ in range(count):
+    for number in range(count):
+        path = folder / f"{number}.db"
+        async with logstore(path, durability="always", memory_cache_bytes=_MEMORY_BYTES) as store:
             seconds.append((await write(store, WRITERS, events)).seconds)
-            await _in_segments(store)
     return {"": {"events_s": count * events / sum(seconds)}}
-
-
-async def _in_segments(store: LogEventStore) -> None:
-    log = store.opened
-    assert isinstance(log, Log)
-    while log.stats().unsegmented_bytes:  # noqa: ASYNC110
-        await asyncio.sleep(_LOOK_S)
 
 
 def sustained(folder: Path, events: int, events_a_stream: int = 0, lookups: int = _LOOKUPS) -> Rows:
@@ -86,7 +77,8 @@ async def _sustained(folder: Path, events: int, events_a_stream: int, lookups: i
             if done % every == 0:
                 ids.append(int(event_id))
 
-    async with logstore(folder, durability="always", memory_cache_bytes=_MEMORY_BYTES) as store:
+    path = folder / "events.db"
+    async with logstore(path, durability="always", memory_cache_bytes=_MEMORY_BYTES) as store:
         began = time.perf_counter()
         with watched(lambda: done) as course:
             async with asyncio.TaskGroup() as tasks:
@@ -94,13 +86,16 @@ async def _sustained(folder: Path, events: int, events_a_stream: int, lookups: i
                     tasks.create_task(one(store, writer))
         seconds = time.perf_counter() - began
         peak = peak_mb()
-        await _in_segments(store)
+    closed = time.perf_counter() - began
+    # Opened again it has everything on disk and nothing in memory.
+    async with logstore(path, durability="always") as store:
         times_s = await _look_up(await store.log(), ids)
     return {
         "": {
             "events_s": done / seconds,
             "peak_mb": peak,
             "growth": course.growth,
+            "close_s": closed - seconds,
             "seconds": course.seconds,
             "memory_mb": course.memory_mb,
             "events": course.events,

@@ -47,9 +47,9 @@ class Peer:
 _REDIS: Final = "redis-server"
 
 PEERS: Final[dict[str, Peer]] = {
-    "logstore always": Peer(functools.partial(ours.logstore, durability="always"), "on disk", "#1b5e9e"),
-    "logstore interval": Peer(functools.partial(ours.logstore, durability="interval"), "written", "#3f8fd6"),
-    "logstore os": Peer(functools.partial(ours.logstore, durability="os"), "written", "#9cc7ee"),
+    "logstore always": Peer(functools.partial(ours.in_folder, durability="always"), "on disk", "#1b5e9e"),
+    "logstore interval": Peer(functools.partial(ours.in_folder, durability="interval"), "written", "#3f8fd6"),
+    "logstore os": Peer(functools.partial(ours.in_folder, durability="os"), "written", "#9cc7ee"),
     "dict": Peer(memory.dict_store, "memory", "#9e9e9e", keeps=memory.KEPT),
     "original FULL": Peer(
         functools.partial(original.original, synchronous="FULL"), "on disk", "#8d6e63", modules=("aiosqlite",)
