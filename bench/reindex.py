@@ -1,56 +1,45 @@
-"""How fast a lost catalogue is made again: `python -m bench.reindex --events 2000000`.
+"""How fast a lost catalogue is made again: `python -m bench.reindex`.
 
 The store is written through the engine: 200 streams with nine tenths of the events, the rest in streams of three. What
-is shown is the `logstore reindex` of it without its catalogue, against a bare loop that puts the same rows into the
-same table with `executemany`, unsynced: what SQLite itself takes. Both take turns, since machines are never quiet.
+is shown is the `logstore reindex` of it without its catalogue, beside a bare loop that puts the same rows into the same
+table, unsynced: what SQLite itself takes.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
-import resource
-import shutil
 import sqlite3
-import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final
 
-from tabulate import tabulate
-
+from bench.benchmark import Benchmark
+from bench.claims import Claim
+from bench.command import run
+from bench.memory import children_peak_mb, peak_mb
+from bench.turns import Figures, Place, Rows, Task, in_process
 from logstore.ops.reindex import reindex_at
 from logstore.storage import Log, LogOptions
 
 STREAMS: Final = 200
 EVENTS_OF_A_SMALL_STREAM: Final = 3
 BATCH: Final = 1_000
-_T = TypeVar("_T")
-_KIB: Final = 1024 if sys.platform == "linux" else 1
+_TASK: Final = "logstore reindex"
 
 
-class Result(NamedTuple):
-    """What a run gave.
-
-    Attributes:
-        events_s: Events a second.
-        peak_mb: Most resident memory of the process, and of the one that scans for it.
-    """
-
-    events_s: float
-    peak_mb: tuple[float, float]
+def measure(folder: Path, events: int) -> Rows:
+    """Write a store, and make its catalogue again; each in a process of its own, for its memory."""
+    path = folder / "events.db"
+    in_process(write_store, path, events)
+    rows = in_process(bare, path)
+    return {"": in_process(reindex, path), "executemany of the rows": rows}
 
 
-def write_store(path: str, events: int) -> None:
+def write_store(path: Path, events: int) -> None:
     """Write events of 100 to 700 bytes."""
-    asyncio.run(_write_store(Path(path), events))
+    asyncio.run(_write_store(path, events))
 
 
 async def _write_store(path: Path, events: int) -> None:
@@ -70,17 +59,17 @@ async def _write_store(path: Path, events: int) -> None:
             await log.append_many(batch)
 
 
-def reindex(path: str) -> Result:
+def reindex(path: Path) -> Figures:
     """Make the catalogue of a store again that has none."""
     for suffix in ("", "-wal", "-shm"):
-        Path(path + suffix).unlink(missing_ok=True)
-    done = reindex_at(Path(path))
-    return Result(done.events_s, _peaks())
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    done = reindex_at(path)
+    return {"events_s": done.events_s, "peak_mb": peak_mb(), "scanner_mb": children_peak_mb()}
 
 
-def bare(path: str) -> Result:
+def bare(path: Path) -> Figures:
     """Put the rows of a catalogue into a table of another database."""
-    copy = Path(f"{path}.bare")
+    copy = path.with_name("bare.db")
     with closing(sqlite3.connect(path)) as source:
         (sql,) = source.execute("SELECT sql FROM sqlite_master WHERE name = 'events'").fetchone()
         # In the order in which they lie in segments, as a reindex meets them.
@@ -89,58 +78,24 @@ def bare(path: str) -> Result:
         target.execute("PRAGMA journal_mode = MEMORY")
         target.execute("PRAGMA synchronous = OFF")
         target.execute(sql)
-        started = time.perf_counter()
+        began = time.perf_counter()
         with target:
             target.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-        taken = time.perf_counter() - started
-    copy.unlink()
-    return Result(len(rows) / taken, _peaks())
+        seconds = time.perf_counter() - began
+    return {"events_s": len(rows) / seconds}
 
 
-def _peaks() -> tuple[float, float]:
-    """Return the most memory of this process and of its children, in MB."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    own, children = (resource.getrusage(each).ru_maxrss * _KIB / 1e6 for each in who)
-    return own, children
+def tasks(full: bool) -> dict[str, Task]:
+    """Return the task, with fewer events in a quick run."""
+    return {_TASK: Task(measure, (2_000_000 if full else 100_000,))}
 
 
-def in_process(task: Callable[..., _T], *arguments: Any) -> _T:
-    """Run a task in a process of its own, so that its memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(task, *arguments).result()
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=2_000_000, help="events in the store")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes")
-    parser.add_argument(
-        "--folder", type=Path, help="where to write; the system's folder for temporary files if not given"
-    )
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="logstore-bench-", dir=arguments.folder))
-    try:
-        path = folder / "events.db"
-        in_process(write_store, str(path), arguments.events)
-        runs = [(in_process(reindex, str(path)), in_process(bare, str(path))) for _ in range(arguments.rounds)]
-    finally:
-        shutil.rmtree(folder)
-    table = [
-        (
-            f"{ours.events_s:,.0f}",
-            f"{theirs.events_s:,.0f}",
-            f"{ours.events_s / theirs.events_s:.2f}",
-            *(f"{peak:.0f}" for peak in ours.peak_mb),
-        )
-        for ours, theirs in runs
-    ]
-    headers = ("reindex, events/s", "bare loop, rows/s", "ratio", "peak MB", "scanner's peak MB")
-    print(tabulate(table, headers=headers, disable_numparse=True, stralign="right"))
-    print(
-        f"\nmedian {statistics.median(ours.events_s for ours, _ in runs):,.0f} events/s of {arguments.events:,} events"
-    )
-
+BENCHMARK: Final = Benchmark(
+    name="reindex",
+    title="making the catalogue of a store again, beside a bare loop that inserts the same rows",
+    tasks=tasks,
+    claims=(Claim("reindex: events a second", Place(_TASK, "", "events_s"), relation=">=", must=400_000),),
+)
 
 if __name__ == "__main__":
-    main()
+    run([BENCHMARK], "python -m bench.reindex")

@@ -2,29 +2,29 @@
 
 Real workers in processes of their own, real sockets. On Linux, since the processor time of a worker is read from /proc.
 
-- resume: a call runs on one worker, its connection breaks, and the client comes to another one: from the GET to the
-  first event that it missed.
-- live: it goes on there: from the time in an event's id, which is drawn before it is written, to its arrival.
-- cost: processor time of the server for a call that is never resumed, with the resume layer and with the bare store in
-  the SDK; they take turns, and each pair gives a ratio.
-- idle: processor time of a worker on which a thousand streams are followed that another one writes, and nothing comes.
+- on another worker: a call runs on one worker, its connection breaks, and the client comes to another one: from the GET
+  to the first event that it missed. It goes on there: from the time in an event's id, which is drawn before it is
+  written, to its arrival.
+- cost of the layer: processor time of the server for a call that is never resumed, with the resume layer and with the
+  bare store in the SDK; they take turns, and each pair gives a ratio.
+- idle: processor time of a worker on which streams are followed that another one writes, and nothing comes.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import resource
 import statistics
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from tabulate import tabulate
-
+from bench.benchmark import Benchmark
+from bench.claims import Claim
+from bench.command import run
+from bench.processor import processor_s
+from bench.turns import Place, Rows, Task
 from logstore.storage.ids import time_ms_of
 from tests.mcp.rig import Workers
 from tests.mcp.rig_balancer import Balancer
@@ -36,18 +36,12 @@ _SESSIONS: Final = 20
 _DESCRIPTORS: Final = 8192
 
 
-class Figure(NamedTuple):
-    """One row of the result."""
-
-    words: str
-    bound: float
-    value: float
-    unit: str
-    detail: str
-
-
-async def resume_and_live(folder: Path, times: int) -> list[Figure]:
+def resume_and_live(folder: Path, times: int) -> Rows:
     """Measure how fast a resume on another worker is, and live events there."""
+    return asyncio.run(_resume_and_live(folder, times))
+
+
+async def _resume_and_live(folder: Path, times: int) -> Rows:
     missed: list[float] = []
     live: list[float] = []
     async with Workers.running(folder / "resume" / "events.db", 2) as workers:
@@ -72,14 +66,18 @@ async def resume_and_live(folder: Path, times: int) -> list[Figure]:
                 workers.conductor.allow_all(label)
                 await exchange.rest()
             await client.end()
-    return [
-        Figure("resume on another worker: first missed event", 100, statistics.median(missed), "ms", spread(missed)),
-        Figure("live event there, after its id was drawn", 50, statistics.median(live), "ms", spread(live)),
-    ]
+    return {
+        "first missed event": {"p50_ms": statistics.median(missed), "most_ms": max(missed)},
+        "live event": {"p50_ms": statistics.median(live), "most_ms": max(live)},
+    }
 
 
-async def cost(folder: Path, pairs: int, calls: int) -> list[Figure]:
+def cost(folder: Path, pairs: int, calls: int) -> Rows:
     """Measure what the layer adds to the server's work for calls that are never resumed."""
+    return asyncio.run(_cost(folder, pairs, calls))
+
+
+async def _cost(folder: Path, pairs: int, calls: int) -> Rows:
     ratios: list[float] = []
     spent: dict[bool, list[float]] = {False: [], True: []}
     async with contextlib.AsyncExitStack() as stack:
@@ -97,14 +95,13 @@ async def cost(folder: Path, pairs: int, calls: int) -> list[Figure]:
                 await make_calls(client, calls, (pair + 1) * calls)
                 spent[bare].append((processor_s(pid) - before) / calls * 1000)
             ratios.append((spent[False][-1] / spent[True][-1] - 1) * 100)
-    ranked = sorted(ratios)
-    detail = (
-        f"{statistics.median(spent[True]):.2f} ms bare, {statistics.median(spent[False]):.2f} ms with the layer; "
-        f"half of the pairs from {ranked[pairs // 4]:.1f} to {ranked[-1 - pairs // 4]:.1f} %"
-    )
-    return [
-        Figure("server's processor time of a call that never resumes, more", 3, statistics.median(ratios), "%", detail)
-    ]
+    return {
+        "": {
+            "cpu_ms": statistics.median(spent[False]),
+            "cpu_ms_bare": statistics.median(spent[True]),
+            "more_percent": statistics.median(ratios),
+        }
+    }
 
 
 async def make_calls(client: StrictClient, calls: int, first: int) -> None:
@@ -114,8 +111,12 @@ async def make_calls(client: StrictClient, calls: int, first: int) -> None:
             assert len(await stream.rest()) == 5
 
 
-async def idle(folder: Path, streams: int) -> list[Figure]:
+def idle(folder: Path, streams: int) -> Rows:
     """Measure what streams cost that are followed on another worker while nothing comes."""
+    return asyncio.run(_idle(folder, streams))
+
+
+async def _idle(folder: Path, streams: int) -> Rows:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     async with (
         Workers.running(folder / "idle" / "events.db", 2) as workers,
@@ -142,8 +143,7 @@ async def idle(folder: Path, streams: int) -> list[Figure]:
         shares = [(processor_s(worker.pid) - was) / IDLE_S * 100 for worker, was in zip(workers, before, strict=True)]
         for task in running:
             task.cancel()
-    detail = f"{shares[0]:.1f} % of the one that runs the calls"
-    return [Figure(f"{streams} idle followed streams: of a core", 5, shares[1], "%", detail)]
+    return {"": {"core_percent": shares[1], "core_percent_of_writer": shares[0]}}
 
 
 def call_of(label: str, to: int) -> dict[str, object]:
@@ -152,46 +152,51 @@ def call_of(label: str, to: int) -> dict[str, object]:
     return {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
 
 
-def processor_s(pid: int) -> float:
-    """Return the processor time that all threads of a process have had, to the nanosecond."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+_ELSEWHERE: Final = "on another worker"
+_COST: Final = "cost of the layer"
+_IDLE: Final = "idle, 1,000 streams followed"
 
 
-def spread(values: list[float]) -> str:
-    """Return the spread of a series."""
-    ranked = sorted(values)
-    return f"{ranked[0]:.0f} to {ranked[-1]:.0f}, p95 {ranked[int(len(ranked) * 0.95)]:.0f}"
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.resume", description="What resuming costs.")
-    parser.add_argument("--case", action="append", choices=["resume", "cost", "idle"], help="only this one")
-    parser.add_argument("--times", type=int, default=50, help="resumes (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of runs with and without the layer (%(default)s)")
-    parser.add_argument("--calls", type=int, default=150, help="calls a run (%(default)s)")
-    parser.add_argument("--streams", type=int, default=1000, help="streams that are followed (%(default)s)")
-    parser.add_argument("--dir", type=Path, help="where the stores are written and removed again: on a real disk")
-    arguments = parser.parse_args()
-    cases: dict[str, Callable[[Path], Awaitable[list[Figure]]]] = {
-        "resume": lambda folder: resume_and_live(folder, arguments.times),
-        "cost": lambda folder: cost(folder, arguments.pairs, arguments.calls),
-        "idle": lambda folder: idle(folder, arguments.streams),
+def tasks(full: bool) -> dict[str, Task]:
+    """Return the tasks; a quick run has fewer resumes, and leaves out the thousand streams."""
+    if not full:
+        return {_ELSEWHERE: Task(resume_and_live, (10,)), _COST: Task(cost, (4, 40))}
+    return {
+        _ELSEWHERE: Task(resume_and_live, (50,)),
+        _COST: Task(cost, (15, 150)),
+        _IDLE: Task(idle, (1_000,)),
     }
-    rows: list[list[str]] = []
-    for name in arguments.case or cases:
-        with tempfile.TemporaryDirectory(prefix=".bench-", dir=arguments.dir) as folder:
-            for figure in asyncio.run(_figures(cases[name], Path(folder))):
-                holds = "yes" if figure.value <= figure.bound else "NO"
-                value = f"{figure.value:.1f} {figure.unit}"
-                rows.append([figure.words, f"<= {figure.bound:g} {figure.unit}", value, holds, figure.detail])
-    print(tabulate(rows, headers=["", "must be", "median", "holds", ""], disable_numparse=True))
 
 
-async def _figures(case: Callable[[Path], Awaitable[list[Figure]]], folder: Path) -> list[Figure]:
-    return await case(folder)
+CLAIMS: Final = (
+    Claim(
+        "resume on another worker: first missed event, ms",
+        Place(_ELSEWHERE, "first missed event", "p50_ms"),
+        relation="<=",
+        must=100,
+    ),
+    Claim(
+        "live event there after its id was drawn, ms",
+        Place(_ELSEWHERE, "live event", "p50_ms"),
+        relation="<=",
+        must=50,
+    ),
+    Claim(
+        "server's processor time of a call that never resumes: more for the layer, %",
+        Place(_COST, "", "more_percent"),
+        relation="<=",
+        must=3,
+    ),
+    Claim("1,000 idle followed streams: % of a core", Place(_IDLE, "", "core_percent"), relation="<=", must=5),
+)
 
+BENCHMARK: Final = Benchmark(
+    name="resume",
+    title="resuming on another worker, and what the resume layer costs",
+    tasks=tasks,
+    claims=CLAIMS,
+    full_rounds=1,
+)
 
 if __name__ == "__main__":
-    main()
+    run([BENCHMARK], "python -m bench.resume")

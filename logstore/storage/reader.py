@@ -25,9 +25,8 @@ from logstore.storage.record import (
     FLAG_REQUEST,
     FRAME_HEADER,
     Event,
+    decode_events,
     decode_frame,
-    frame_at,
-    iter_frames,
 )
 from logstore.storage.segment import segment_path
 
@@ -112,13 +111,14 @@ class Reader:
             DamageError: The catalogue cannot be read.
         """
         self._foreign.read_on()
-        events = {event.id: event for event in map(decode_frame, own)}
-        events.update((event.id, event) for event in map(decode_frame, self._foreign.frames(stream, after, limit)))
+        elsewhere = self._foreign.frames(stream, after, limit)
+        events = {event.id: event for frames in (own, elsewhere) for event in map(decode_frame, frames)}
         found = self._in_segments(stream, after, limit)
         while found is None:
             found = self._in_segments(stream, after, limit)
         events.update(found.events)
-        merged = [events[event_id] for event_id in sorted(events) if found.above < event_id < found.below]
+        above, below = found.above, found.below
+        merged = [events[event_id] for event_id in sorted(events) if above < event_id < below]
         if found.hole is not None:
             # An event that a segment has lost may still be in memory; the chain of predecessors tells.
             hole = found.hole
@@ -156,7 +156,7 @@ class Reader:
             if len(events) >= limit and extent.first_id > sorted(events)[limit - 1]:
                 break
             found, whole = self._extent(extent, stream, after, limit)
-            events.update((event.id, event) for event in found if event.id < below)
+            events |= {event.id: event for event in found if event.id < below}
             if not whole:
                 if not self._asked(self._catalogue.holds, extent):
                     return None
@@ -232,30 +232,31 @@ class Reader:
         fd = self._disk.open(segment_path(self._root, extent.segment_id))
         try:
             while offset < end and len(events) < limit:
-                frames = self._frames(fd, offset, end)
-                if not frames:
-                    return False
-                for frame in frames:
-                    offset += len(frame)
-                    event = decode_frame(frame)
+                most = limit - len(events)
+                # As many bytes as so many events have on average, and some: what is read more is read for nothing.
+                size = min(_READ_BYTES, extent.length // extent.events * (most + 1), end - offset)
+                found, length = self._decoded(fd, offset, end, size, most)
+                for event in found:
                     if event.stream != stream:
                         return False
                     if event.id > after:
                         events.append(event)
+                if not found:
+                    return False
+                offset += length
         finally:
             self._disk.close(fd)
         return True
 
-    def _frames(self, fd: int, offset: int, end: int) -> list[bytes]:
-        """Return some whole frames from an offset on; none when the first is damaged."""
-        data = self._disk.read(fd, min(_READ_BYTES, end - offset), offset)
-        frames = [frame for _, frame in iter_frames(data, self._seed)]
-        if not frames and len(data) >= FRAME_HEADER.size:
+    def _decoded(self, fd: int, offset: int, end: int, size: int, most: int) -> tuple[list[Event], int]:
+        """Return some events from an offset on, and the bytes that they take; none when the first is damaged."""
+        data = self._disk.read(fd, max(FRAME_HEADER.size, size), offset)
+        found = decode_events(data, self._seed, most)
+        if not found[0] and len(data) >= FRAME_HEADER.size:
             length = FRAME_HEADER.size + FRAME_HEADER.unpack_from(data)[0]
-            if length <= end - offset:
-                frame = frame_at(self._disk.read(fd, length, offset), 0, self._seed)
-                return [frame] if frame is not None else []
-        return frames
+            if size < length <= end - offset:
+                return decode_events(self._disk.read(fd, length, offset), self._seed, 1)
+        return found
 
     def _asked(self, question: Callable[..., _T], *arguments: Any) -> _T:
         """Ask the catalogue.

@@ -153,6 +153,25 @@ def test_runs_that_overlap_are_merged(shelf: Shelf) -> None:
     assert [each for _, each in shelf.read("a")] == [1, 2, 4, 5, 7, 8]
 
 
+def test_a_page_of_few_events_reads_little_of_a_long_run(tmp_path: Path) -> None:
+    class Counting(Disk):
+        taken = 0
+
+        def read(self, fd: int, size: int, offset: int) -> bytes:
+            data = super().read(fd, size, offset)
+            self.taken += len(data)
+            return data
+
+    disk = Counting()
+    shelf = Shelf(tmp_path, disk)
+    shelf.store(a=list(range(1, 5001)))
+    for after in (0, 2500):
+        before = disk.taken
+        assert [each for _, each in shelf.read("a", after, 16)] == list(range(after + 1, after + 17))
+        assert disk.taken - before < 32 * len(encode_frame(event(5000, 0, "a"), SEED))
+    shelf.close()
+
+
 def test_events_beyond_the_limit_are_read_once_and_not_for_each_page(tmp_path: Path) -> None:
     disk = FaultyDisk()
     shelf = Shelf(tmp_path, disk, Retention(max_events=4, resume_window_s=0))

@@ -16,6 +16,7 @@ from logstore.storage.record import (
     FRAME_HEADER,
     MAX_BODY_BYTES,
     Event,
+    decode_events,
     decode_frame,
     encode_frame,
     frame_at,
@@ -110,6 +111,18 @@ def test_every_whole_frame_around_damage_is_found(seed: int) -> None:
             whole.append((offset, frame))
         offset += len(frame)
     assert list(salvage_frames(bytes(data), SEED)) == whole
+
+
+@given(st.lists(st.binary(max_size=50), max_size=6), st.integers(0, 7), st.data())
+def test_events_are_decoded_up_to_the_first_invalid_frame(
+    payloads: list[bytes], most: int, data: st.DataObject
+) -> None:
+    events = [event(number, payload) for number, payload in enumerate(payloads, 1)]
+    whole = b"".join(encode_frame(each, SEED) for each in events)
+    cut = data.draw(st.integers(0, len(whole)))
+    frames = [frame for _, frame in iter_frames(whole[:cut], SEED)][:most]
+    for torn in (whole[:cut], whole[:cut] + b"\0" * 20, whole[:cut] + b"\xff" * 20):
+        assert decode_events(torn, SEED, most) == (events[: len(frames)], sum(map(len, frames)))
 
 
 def test_a_search_finds_frames_at_the_very_start_and_end() -> None:
