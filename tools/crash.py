@@ -23,6 +23,8 @@ try:
     from crash_damage import DamageCampaign
     from crash_errors import ErrorsCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_mutation import MutationCampaign
+    from crash_mutations import MUTATIONS
     from crash_points import PointsCampaign
     from crash_processes import ProcessesCampaign
     from crash_resume import ResumeCampaign
@@ -99,6 +101,15 @@ _KINDS: Final = {
         "verify and index it again meanwhile, and compare with what was acknowledged.",
         runs=1,
         sizes={"events": 300_000, "kills": 60, "processes": 8},
+    ),
+    "mutation": _Kind(
+        MutationCampaign,
+        "mutations caught",
+        "whatever was taken out of the code, something failed",
+        "each sync, order, comparison and lock taken out of the code in turn, which something must notice",
+        "Break a copy of the durability code, one thing at a time, and look whether the proof named for it fails.",
+        runs=len(MUTATIONS),
+        sizes={"only": ""},
     ),
     "points": _Kind(
         PointsCampaign,
