@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from crash_chores import REINDEXED
 from crash_forked import Forked
@@ -23,6 +23,8 @@ from logstore.storage import LogOptions
 
 PATIENCE_S: Final = 300.0
 """Longer than it takes to make the index of ten million events again on a busy machine."""
+LAG_S: Final = 120.0
+"""Longer than a process is stopped, or a busy machine lets it wait."""
 CLOCK_BEHIND_MS: Final = 5_000
 """More than ids are reserved ahead."""
 _FOLLOWED: Final = 4
@@ -81,6 +83,13 @@ class Member:
             self.continues = None
 
 
+class _Late(NamedTuple):
+    """Since when a follower is to be shown an event, and which."""
+
+    since: float
+    newest: int
+
+
 class Crew:
     """All processes that write and read one store.
 
@@ -104,6 +113,7 @@ class Crew:
         self._figures = figures
         self._seed = seed
         self._lives = 0
+        self._late: dict[tuple[int, int], _Late] = {}
         self._rng = random.Random(f"{seed} crew")
         self.members: list[Member] = []
         reports.mkdir(parents=True)
@@ -281,7 +291,7 @@ class Crew:
                 self.pass_on(self._bury([member]), [self.begin()])
                 self._figures["processes that ended as told"] += 1
             elif member.slots and now - member.grew > PATIENCE_S:
-                raise BrokenPromiseError(f"life {member.life} does not get on:\n{member.process.said()}")
+                raise BrokenPromiseError(f"life {member.life} does not get on:\n{member.process.where()}")
 
     def _learn_from(self, member: Member) -> None:
         learnt = self._ledger.learn(member.life, _read(report_path(self._reports, member.life), member.learnt))
@@ -290,19 +300,39 @@ class Crew:
             member.grew = time.monotonic()
         self._figures["events acknowledged"] = self._ledger.events
 
-    def behind(self) -> list[str]:
-        """Return which followers have not been shown all that is known to be acknowledged."""
-        late: list[str] = []
+    def check_followers(self, patience_s: float = LAG_S) -> int:
+        """Check that the followers get on; return how many have not been shown all that is known to be acknowledged.
+
+        Args:
+            patience_s: How long one may take until it is shown what was acknowledged when it was looked at.
+
+        Raises:
+            BrokenPromiseError: One took longer.
+        """
+        now = time.monotonic()
+        late: dict[tuple[int, int], _Late] = {}
         for member in self.members:
             for place, follow in enumerate(member.orders.follows):
-                path = shown_path(self._reports, member.life, place)
-                size = path.stat().st_size if path.exists() else 0
-                end = _read(path, size - ID_BYTES) if size >= ID_BYTES else b""
-                shown = int.from_bytes(end[:ID_BYTES], "little") if end else follow.after
-                newest = self._ledger.newest[follow.stream]
-                if shown < newest:
-                    late.append(f"life {member.life} on {name_of(follow.stream)}: at {shown}, {newest} is there")
-        return late
+                shown, newest = self._last_shown(member, place) or follow.after, self._ledger.newest[follow.stream]
+                if shown >= newest:
+                    continue
+                before = self._late.get((member.life, place))
+                if before is None or shown >= before.newest:
+                    before = _Late(now, newest)
+                late[member.life, place] = before
+                if now - before.since > patience_s:
+                    raise BrokenPromiseError(
+                        f"{now - before.since:.0f} s after event {before.newest} of {name_of(follow.stream)} was "
+                        f"acknowledged, {member.process.name} has followed to {shown}:\n{member.process.where()}"
+                    )
+        self._late = late
+        return len(late)
+
+    def _last_shown(self, member: Member, place: int) -> int:
+        """Return the last event that a follower was shown, 0 for none."""
+        path = shown_path(self._reports, member.life, place)
+        size = path.stat().st_size if path.exists() else 0
+        return int.from_bytes(_read(path, size - ID_BYTES)[:ID_BYTES], "little") if size >= ID_BYTES else 0
 
 
 def _read(path: Path, offset: int = 0) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ from crash_kill import BrokenPromiseError
 
 _POLL_S: Final = 0.005
 _NICER: Final = 5
+_WRITES_S: Final = 1.0
+"""Longer than a process takes to write where it is."""
 _WRONG: Final = re.compile(r"ERROR|CRITICAL|Traceback|exception was never retrieved")
 
 
@@ -66,7 +69,7 @@ class Forked:
         deadline = time.monotonic() + seconds
         while not self.ended():
             if time.monotonic() > deadline:
-                raise BrokenPromiseError(f"{self.name} is not done after {seconds:.0f} s:\n{self.said()}")
+                raise BrokenPromiseError(f"{self.name} is not done after {seconds:.0f} s:\n{self.where()}")
             time.sleep(_POLL_S)
 
     def kill(self) -> None:
@@ -81,6 +84,14 @@ class Forked:
         with contextlib.suppress(FileNotFoundError):
             return self._errors.read_text(errors="replace")
         return ""
+
+    def where(self) -> str:
+        """Return what it has said, and what all its threads do at this moment."""
+        if not self.ended():
+            os.kill(self.pid, signal.SIGCONT)
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(_WRITES_S)
+        return self.said()
 
     def counted(self) -> Counter[str]:
         """Return what it has counted, once; nothing when it did not come to its end."""
@@ -119,6 +130,7 @@ def _work(errors: Path, work: Callable[[], Counter[str] | None], close: Iterable
         for descriptor in close:
             os.close(descriptor)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        faulthandler.register(signal.SIGUSR1)
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, force=True)
         if (counts := work()) is not None:
             _counts_path(errors).write_text(json.dumps(counts))

@@ -46,6 +46,8 @@ _INDEX_LOST: Final = (0.15, 0.5, 0.85)
 """After which share of the kills the index is deleted while nobody has the store open."""
 _QUIET_KILLS: Final = 40
 _QUIET_S: Final = 60.0
+_QUIET_LOOK_S: Final = 0.1
+_LAG_LOOK_S: Final = 5.0
 _TELL_S: Final = 10.0
 _MOST_MIB: Final = 1024
 _LOOKED_AT: Final = 2
@@ -141,6 +143,8 @@ class _Run:
             elif (late := kills * min(1.0, self._ledger.events / events) - done) > 0:
                 self._kill(late)
             self._disturb()
+            if self._is_due("followers", _LAG_LOOK_S):
+                self._crew.check_followers()
             self._tell()
             time.sleep(self._rng.uniform(0, _TICK_S))
         self._finish()
@@ -233,13 +237,10 @@ class _Run:
         for member in self._crew.members:
             member.go_on()
             member.tell("quiet")
-        deadline = time.monotonic() + _QUIET_S
         events = -1
-        while (late := self._crew.behind()) or events != self._ledger.events:
-            if time.monotonic() > deadline:
-                raise BrokenPromiseError(f"nobody writes, and followers do not see all of it: {late}")
+        while self._crew.check_followers(_QUIET_S) or events != self._ledger.events:
             events = self._ledger.events
-            time.sleep(0.1)
+            time.sleep(_QUIET_LOOK_S)
             self._crew.look()
             self._chores.go_on()
         for member in self._crew.members:
