@@ -21,6 +21,7 @@ from typing import Final, NamedTuple, Protocol
 try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
+    from crash_fuzz import TARGETS, FuzzCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
     from crash_resume import ResumeCampaign
 except ModuleNotFoundError as missing:
@@ -60,7 +61,7 @@ class _Kind(NamedTuple):
     summary: str
     description: str
     runs: int = 200
-    sizes: Mapping[str, int] = MappingProxyType({})
+    sizes: Mapping[str, int | str] = MappingProxyType({})
 
 
 _KINDS: Final = {
@@ -95,10 +96,20 @@ _KINDS: Final = {
         runs=1,
         sizes={"calls": 1000, "clients": 50, "workers": 4},
     ),
+    "fuzz": _Kind(
+        FuzzCampaign,
+        "inputs",
+        "every parser took or refused each input with an error of its own, in bounded time and memory, and took nothing "
+        "that was not written",
+        "damaged and forged bytes for everything that parses",
+        "Feed one parser after another, a run each, with damaged and forged bytes, in a process with bounds.",
+        runs=len(TARGETS),
+        sizes={"inputs": 2_000, "first": 0, "target": "all"},
+    ),
 }
 
 
-def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int]) -> int:
+def run(name: str, runs: int, seed: int, folder: Path, sizes: Mapping[str, int | str]) -> int:
     """Run a campaign, progress on stderr and the report on stdout; return 1 when a promise was broken."""
     kind = _KINDS[name]
     started = time.monotonic()
@@ -148,7 +159,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
         campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
         for size, figure in kind.sizes.items():
-            campaign.add_argument(f"--{size}", type=int, default=figure, help="how many (default: %(default)s)")
+            words = "how many (default: %(default)s)" if isinstance(figure, int) else "which (default: %(default)s)"
+            campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=words)
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed

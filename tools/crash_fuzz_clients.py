@@ -1,0 +1,3 @@
+from __future__ import annotations
+from crash_fuzz_inputs import Target
+CLIENT_TARGETS: tuple[type[Target], ...] = ()
