@@ -178,9 +178,7 @@ def feed(make: Callable[[], Target], seed: int, first: int, count: int) -> Outco
     return Outcome(accepted, refused, failures)
 
 
-def _child(
-    make: Callable[[], Target], seed: int, first: int, end: int, shared: mmap.mmap
-) -> tuple[str, list[Failure]]:
+def _child(make: Callable[[], Target], seed: int, first: int, end: int, shared: mmap.mmap) -> tuple[str, list[Failure]]:
     """Run a child to its end; return how it died, empty when it did not, and what it told."""
     reading, writing = os.pipe()
     sys.stdout.flush()

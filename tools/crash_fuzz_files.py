@@ -68,7 +68,9 @@ def some_events(rng: random.Random, count: int, size: int = 300) -> list[Event]:
         stream = rng.choice(("one", "two", "a" * 32 + "/7", "é"))
         payload = rng.choice((b"", b"\x96" * 9, rng.randbytes(rng.randrange(size)), b'{"method":"m"}'))
         event_id = FIRST_ID + number * 3
-        events.append(Event(event_id, last.get(stream, 0), _TIME_US + number, stream, rng.choice((0, 1, 2, 14)), payload))
+        events.append(
+            Event(event_id, last.get(stream, 0), _TIME_US + number, stream, rng.choice((0, 1, 2, 14)), payload)
+        )
         last[stream] = event_id
     return events
 
@@ -148,7 +150,9 @@ class HeaderTarget(Target):
 
     def __init__(self) -> None:
         self._headers = [
-            FileHeader(kind=kind, store_id=STORE_ID, salt=SALT, number=4, incarnation=FIRST_ID, follows=3, follows_end=9)
+            FileHeader(
+                kind=kind, store_id=STORE_ID, salt=SALT, number=4, incarnation=FIRST_ID, follows=3, follows_end=9
+            )
             for kind in _KINDS
         ]
         self._samples = [header.encode() for header in self._headers]
@@ -210,7 +214,9 @@ class JournalTarget(Target):
     def _sample(self, folder: Path, number: int) -> bytes:
         rng = random.Random(number)
         path = folder / f"{number:010d}.journal"
-        header = FileHeader(kind=KIND_JOURNAL, store_id=STORE_ID, salt=SALT + 2 * number, number=1, incarnation=FIRST_ID)
+        header = FileHeader(
+            kind=KIND_JOURNAL, store_id=STORE_ID, salt=SALT + 2 * number, number=1, incarnation=FIRST_ID
+        )
         writer = JournalWriter(_DISK, path, header)
         frames = frames_of(some_events(rng, (1, 6, 12, 12, 20, 40)[number], (300, 300, 300, 300, 3000, 30)[number]))
         while frames:
@@ -282,7 +288,7 @@ class JournalTarget(Target):
     def _check(self, scan: JournalScan, given: Input) -> None:
         check_written(scan.frames, self._written, given)
         check_decoded(scan.frames)
-        if not 0 <= scan.end <= max(len(given.data), given.numbers[0]):
+        if not 0 <= scan.end <= END_OF_FILE:
             raise BrokenPromiseError(f"a journal of {len(given.data)} bytes ends at {scan.end}")
         for bad in scan.damage:
             if not (0 <= bad.offset <= MAX_ID and 0 <= bad.length <= MAX_ID):
@@ -295,7 +301,9 @@ class JournalTarget(Target):
         found: list[bytes] = []
         for stop in (PAGE_BYTES + 100, len(given.data) // 2, len(given.data)):
             base = reader.offset
-            for batch in reader.batches(given.data[base:stop], base, given.numbers[1] if given.numbers[1] >= 0 else None):
+            for batch in reader.batches(
+                given.data[base:stop], base, given.numbers[1] if given.numbers[1] >= 0 else None
+            ):
                 found += [each for _, each in iter_frames(batch.body, header.seed)]
         check_written(found, self._written, given)
         if not scan.damage and not given.forged and found != scan.frames:
@@ -375,7 +383,9 @@ class RegistryTarget(Target):
     def draw(self, rng: random.Random) -> Input:
         if rng.random() < 0.4:
             bodies = [
-                hostile_array([rng.choice((1, 2, 3, 4, 9)), "k", FIRST_ID, _TIME_US, b"data", "a/"][: rng.choice((5, 6))], rng)
+                hostile_array(
+                    [rng.choice((1, 2, 3, 4, 9)), "k", FIRST_ID, _TIME_US, b"data", "a/"][: rng.choice((5, 6))], rng
+                )
                 for _ in range(rng.randrange(1, 8))
             ]
             head = self._head if rng.random() < 0.9 else forged_header(rng, KIND_REGISTRY)
@@ -436,7 +446,10 @@ class LaneTarget(Target):
         if not 0 <= found.event_id <= MAX_ID or not 0 <= found.ordinal <= MAX_ID:
             raise BrokenPromiseError(f"a reservation of what can be no id was taken: {found}")
         LaneLook(_DISK, self._folder, 3, STORE_ID, set(), quick=False).run()
-        with contextlib.suppress(FileNotFoundError), contextlib.closing(Marks(_DISK, self._folder, look_only=True)) as seen:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            contextlib.closing(Marks(_DISK, self._folder, look_only=True)) as seen,
+        ):
             return max(seen.visible, seen.durable) > (0, 0)
         return False
 

@@ -168,7 +168,9 @@ def _any_int(rng: random.Random) -> bytes:
 
 
 def _any_text(rng: random.Random) -> bytes:
-    return bytes(_encode(rng.choice(("", "a", "\0", "x" * 600, "é" * 300, "\u2028", "nul\0", "../../x", "%", "\ud7ff"))))
+    return bytes(
+        _encode(rng.choice(("", "a", "\0", "x" * 600, "é" * 300, "\u2028", "nul\0", "../../x", "%", "\ud7ff")))
+    )
 
 
 def _bad_text(rng: random.Random) -> bytes:
@@ -227,7 +229,9 @@ def hostile_array(fields: Sequence[object], rng: random.Random) -> bytes:
         parts.append(hostile_msgpack(rng))
     head = bytes([0x90 | len(parts)])
     if rng.random() < 0.1:
-        head = rng.choice((b"\xdc" + struct.pack(">H", len(parts)), b"\xdd\xff\xff\xff\xff", b"\xdd\0\0\0\x06", b"\x95"))
+        head = rng.choice(
+            (b"\xdc" + struct.pack(">H", len(parts)), b"\xdd\xff\xff\xff\xff", b"\xdd\0\0\0\x06", b"\x95")
+        )
     body = head + b"".join(parts)
     return body[: rng.randrange(1, len(body))] if rng.random() < 0.05 else body
 

@@ -1,3 +1,4 @@
 from __future__ import annotations
 from crash_fuzz_inputs import Target
+
 RECORD_TARGETS: tuple[type[Target], ...] = ()
