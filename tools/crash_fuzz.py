@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final, NamedTuple
@@ -38,13 +38,13 @@ from crash_fuzz_stores import STORE_TARGETS
 from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
-TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
+TARGETS: Final[Mapping[str, type[Target]]] = {
     target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *CLIENT_TARGETS, *STORE_TARGETS)
 }
 ALL: Final = "all"
 
 SILENCE_S: Final = 60.0
-"""A child that does not get on for this long hangs where no signal reaches it."""
+"""A child that does not get on for this long, or ten times what an input may take, hangs where no signal reaches it."""
 _LOOK_S: Final = 0.5
 _SAME: Final = 2
 """How many failures of one kind are told of; the others are counted."""
@@ -105,7 +105,7 @@ class FuzzCampaign:
     def run(self, number: int) -> None:
         """Feed the next parser; what it breaks is told at the end, when the others were fed too."""
         name = self._names[number % len(self._names)]
-        count = max(1, int(self._inputs * TARGETS[name].share)) if self._inputs > 1 else 1  # type: ignore[attr-defined]
+        count = max(1, int(self._inputs * TARGETS[name].share)) if self._inputs > 1 else 1
         first = self._first + number // len(self._names) * count
         started = time.monotonic()
         outcome = feed(TARGETS[name], self._seed, first, count)
@@ -152,7 +152,7 @@ def draw(target: Target, seed: int, name: str, number: int) -> Input:
     return target.draw(random.Random(f"{seed} {name} {number}"))
 
 
-def feed(make: Callable[[], Target], seed: int, first: int, count: int) -> Outcome:
+def feed(make: type[Target], seed: int, first: int, count: int) -> Outcome:
     """Feed inputs to a parser in child processes, one after another until all are done.
 
     Args:
@@ -178,7 +178,7 @@ def feed(make: Callable[[], Target], seed: int, first: int, count: int) -> Outco
     return Outcome(accepted, refused, failures)
 
 
-def _child(make: Callable[[], Target], seed: int, first: int, end: int, shared: mmap.mmap) -> tuple[str, list[Failure]]:
+def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mmap) -> tuple[str, list[Failure]]:
     """Run a child to its end; return how it died, empty when it did not, and what it told."""
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -194,7 +194,7 @@ def _child(make: Callable[[], Target], seed: int, first: int, end: int, shared: 
         finally:
             os._exit(status)
     os.close(writing)
-    data, ended = _listen(reading, pid, shared)
+    data, ended = _listen(reading, pid, shared, max(SILENCE_S, 10 * make.cpu_s))
     os.close(reading)
     _, status = os.waitpid(pid, 0)
     failures = [msgspec.json.decode(line, type=Failure) for line in data.splitlines()]
@@ -205,7 +205,7 @@ def _child(make: Callable[[], Target], seed: int, first: int, end: int, shared: 
     return ended, failures
 
 
-def _listen(reading: int, pid: int, shared: mmap.mmap) -> tuple[bytes, str]:
+def _listen(reading: int, pid: int, shared: mmap.mmap, silence_s: float) -> tuple[bytes, str]:
     """Return what a child says, and why it was ended, if it was."""
     said: list[bytes] = []
     before, since_s = b"", time.monotonic()
@@ -218,9 +218,9 @@ def _listen(reading: int, pid: int, shared: mmap.mmap) -> tuple[bytes, str]:
         now = shared[:]
         if now != before:
             before, since_s = now, time.monotonic()
-        elif time.monotonic() - since_s > SILENCE_S:
+        elif time.monotonic() - since_s > silence_s:
             os.kill(pid, signal.SIGKILL)
-            return b"".join(said), f"did not get on for {SILENCE_S:.0f} s"
+            return b"".join(said), f"did not get on for {silence_s:.0f} s"
 
 
 class _Feeder:

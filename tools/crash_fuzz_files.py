@@ -7,7 +7,7 @@ import random
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -498,32 +498,41 @@ class LargeTarget(Target):
     """Files of megabytes that are made to take a parser as long as can be."""
 
     name = "large-files"
-    share = 0.002
-    cpu_s = 60.0
+    share = 0.01
+    cpu_s = 40.0
     memory_bytes = 512 * MIB
 
     def draw(self, rng: random.Random) -> Input:
-        place = rng.randrange(len(_LARGE))
-        return Input(_LARGE[place](rng, rng.choice((1, 2, 4)) * MIB), True, (place,))
+        data = rng.choice(_LARGE)(rng, rng.choice((1, 2, 4)) * MIB)
+        return Input(data, True, (rng.randrange(len(_READERS)), rng.choice((0, len(data)))))
 
     def feed(self, given: Input) -> bool:
-        data = given.data
-        list(salvage_frames(data, SEED))
-        list(scan_segment(data, SEED))
-        Frames(data, SEED)
-        list(salvage_entries(data, SALT))
-        for witness in (0, len(data)):
-            scan_headless(data, STORE_ID, witness, None, "made up")
-            with contextlib.suppress(Exception):
-                scan_journal(data, Path("file"), witness)
-        folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=_memory_folder()))
-        try:
-            for name in ("1.journal", "1.segment", "registry.log"):
-                (folder / name).write_bytes(data)
-                list(dump(folder / name))
-        finally:
-            shutil.rmtree(folder)
-        return False
+        reader, witness = given.numbers
+        _READERS[reader](given.data, witness)
+        return True
+
+
+def _dumped(name: str) -> Callable[[bytes, int], object]:
+    def read(data: bytes, _witness: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="logstore-fuzz-", dir=_memory_folder()) as folder:
+            path = Path(folder, name)
+            path.write_bytes(data)
+            list(dump(path))
+
+    return read
+
+
+_READERS: Final[tuple[Callable[[bytes, int], object], ...]] = (
+    lambda data, _: list(salvage_frames(data, SEED)),
+    lambda data, _: list(scan_segment(data, SEED)),
+    lambda data, _: Frames(data, SEED),
+    lambda data, _: list(salvage_entries(data, SALT)),
+    lambda data, witness: scan_headless(data, STORE_ID, witness, None, "made up"),
+    lambda data, witness: scan_journal(data, Path("file"), witness),
+    _dumped("1.journal"),
+    _dumped("1.segment"),
+    _dumped("registry.log"),
+)
 
 
 def _heads_everywhere(rng: random.Random, size: int) -> bytes:
