@@ -48,6 +48,7 @@ SILENCE_S: Final = 60.0
 _LOOK_S: Final = 0.5
 _SAME: Final = 2
 """How many failures of one kind are told of; the others are counted."""
+_NOT_MADE: Final = "could not begin"
 _COUNTS: Final = struct.Struct("=4Q")
 
 
@@ -171,6 +172,8 @@ def feed(make: type[Target], seed: int, first: int, count: int) -> Outcome:
         failures += told
         first, taken, left, _ = _COUNTS.unpack(shared[:])
         accepted, refused = accepted + taken, refused + left
+        if ended == _NOT_MADE:
+            raise BrokenPromiseError(f"{make.name}: there are no samples to begin with, see above")
         if ended:
             failures.append(Failure(first, ended, f"the process {ended}"))
             first += 1
@@ -187,7 +190,9 @@ def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mma
         status = 1
         try:
             os.close(reading)
-            _Feeder(make(), seed, shared, writing).run(first, end)
+            feeder = _Feeder(make(), seed, shared, writing)
+            status = 2
+            feeder.run(first, end)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -201,7 +206,7 @@ def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mma
     if not ended and os.WIFSIGNALED(status):
         ended = f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
     elif not ended and os.WEXITSTATUS(status):
-        ended = "could not go on"
+        ended = _NOT_MADE if os.WEXITSTATUS(status) == 1 else "could not go on"
     return ended, failures
 
 

@@ -14,7 +14,7 @@ from typing import Final
 import google_crc32c
 import msgspec
 
-from crash_fuzz_inputs import EXTREMES, LARGE, MIB, Input, Target, damaged, frame, hostile_array
+from crash_fuzz_inputs import EXTREMES, LARGE, MIB, Input, Target, damaged, frame, hostile_array, memory_folder
 from crash_kill import BrokenPromiseError
 from logstore.ops.verify.dump import dump
 from logstore.ops.verify.frames import Frames
@@ -367,7 +367,7 @@ class RegistryTarget(Target):
     share = 0.5
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=_memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
         self._path = self._folder / "registry.log"
         header = FileHeader(kind=KIND_REGISTRY, store_id=STORE_ID, salt=SALT)
         self._head = header.encode()
@@ -419,7 +419,7 @@ class LaneTarget(Target):
     share = 0.5
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=_memory_folder())) / "0003"
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder())) / "0003"
         self._folder.mkdir()
         self._reservation = Reservation(FIRST_ID, 70)
         first_reservation(_DISK, self._folder, self._reservation)
@@ -464,7 +464,7 @@ class DumpTarget(Target):
     share = 0.3
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=_memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
         self._sources: Sequence[tuple[str, Target]] = (
             ("1.journal", JournalTarget()),
             ("1.segment", SegmentTarget()),
@@ -514,7 +514,7 @@ class LargeTarget(Target):
 
 def _dumped(name: str) -> Callable[[bytes, int], object]:
     def read(data: bytes, _witness: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="logstore-fuzz-", dir=_memory_folder()) as folder:
+        with tempfile.TemporaryDirectory(prefix="logstore-fuzz-", dir=memory_folder()) as folder:
             path = Path(folder, name)
             path.write_bytes(data)
             list(dump(path))
@@ -569,11 +569,6 @@ def _noise(rng: random.Random, size: int) -> bytes:
 
 
 _LARGE: Final = (_heads_everywhere, _true_and_false, _salts_everywhere, _batches_everywhere, _noise)
-
-
-def _memory_folder() -> str | None:
-    """Return a folder in memory, where there is one: files are written thousands of times."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 FILE_TARGETS: Final[tuple[type[Target], ...]] = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import google_crc32c
 import msgspec
@@ -65,6 +68,11 @@ class Target(ABC):
 
     def close(self) -> None:
         """Give back what was opened."""
+
+
+def memory_folder() -> str | None:
+    """Return a folder in memory, where there is one: files are written thousands of times."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 # Damage, as disks and bugs do it.
@@ -285,3 +293,36 @@ def hostile_json(rng: random.Random) -> bytes:
 def frame(body: bytes, seed: int) -> bytes:
     """Return a length, a checksum that matches, and a body: how records and registry entries are framed."""
     return struct.pack("<II", len(body), _extend(seed, body)) + body
+
+
+def altered_json(sample: object, rng: random.Random) -> bytes:
+    """Return a JSON text of which some values are others than a parser expects, or are missing or there twice."""
+    tree = copy.deepcopy(sample)
+    hostile: dict[str, bytes] = {}
+    for number in range(rng.choice((1, 1, 2, 3))):
+        place = f"@{number}@"
+        if _alter(tree, place, rng):
+            hostile[f'"{place}"'] = hostile_json(rng)
+    text = json.dumps(tree, indent=rng.choice((None, None, 1))).encode()
+    for place, value in hostile.items():
+        text = text.replace(place.encode(), value)
+    return damaged(text, rng) if rng.random() < 0.1 else text
+
+
+def _alter(tree: object, place: str, rng: random.Random) -> bool:
+    """Change one place of a tree; return whether a value is to be put there."""
+    while isinstance(tree, dict | list) and tree:
+        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+        key: Any = rng.choice(keys)
+        below: Any = cast("Any", tree)[key]
+        if isinstance(below, dict | list) and below and rng.random() < 0.8:
+            tree = below
+            continue
+        if isinstance(tree, dict) and rng.random() < 0.2:
+            if rng.random() < 0.5:
+                del tree[key]
+                return False
+            key = rng.choice(("extra", "", "kind", "__class__", "_fields_set", "cls", "self", "\u00e9"))
+        cast("Any", tree)[key] = place
+        return True
+    return False
