@@ -32,6 +32,7 @@ import msgspec
 
 from crash_fuzz_clients import CLIENT_TARGETS
 from crash_fuzz_files import FILE_TARGETS
+from crash_fuzz_imports import IMPORT_TARGETS
 from crash_fuzz_inputs import Input, Target
 from crash_fuzz_records import RECORD_TARGETS
 from crash_fuzz_stores import STORE_TARGETS
@@ -39,7 +40,7 @@ from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
 TARGETS: Final[Mapping[str, type[Target]]] = {
-    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *CLIENT_TARGETS, *STORE_TARGETS)
+    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *CLIENT_TARGETS, *STORE_TARGETS)
 }
 ALL: Final = "all"
 
