@@ -152,7 +152,8 @@ class ResumeLayer:
     async def _call_sdk(self, session: SessionScope, scope: Scope, connection: Connection) -> None:
         def note(connection: Connection) -> None:
             """Note which stream the response carries."""
-            request_id = _request_id(connection)
+            # Whatever else has a body, the SDK does not read it.
+            request_id = _request_id(connection) if scope["method"] == "POST" else None
             if request_id is not None:
                 self.connections.add(session.begin(request_id), connection)
 
@@ -502,7 +503,7 @@ def _request_id(connection: Connection) -> RequestId | None:
     """Return the id of the request that a connection brought, None for anything else."""
     try:
         envelope = _decode_envelope(connection.body)
-    except msgspec.MsgspecError:
-        # The SDK says what is wrong with it.
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        # The SDK says what is wrong with it: no JSON, text that is no UTF-8, nesting without end.
         return None
     return envelope.id if envelope.method is not None else None
