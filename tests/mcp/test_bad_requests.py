@@ -12,6 +12,9 @@ from starlette.types import Message
 from logstore.mcp import InMemoryEventStore, resumable_http_app
 from logstore.mcp.connections import Connection
 from logstore.mcp.layer import ResumeLayer
+from logstore.mcp.sdk import STANDALONE_STREAM
+from logstore.storage import FLAG_MODEL
+from logstore.storage.record import FLAG_IMPORTED
 from tests.mcp.serving import DEADLINE_S, Steps, counting_server, served
 from tests.mcp.strict_client import StrictClient
 from tests.mcp.test_resume import layer_of
@@ -81,3 +84,36 @@ async def test_a_body_that_comes_in_pieces_takes_a_time_that_grows_with_its_leng
     quick = min([await seconds(5_000) for _ in range(3)])
     # Eight times as long; copied anew with each piece it would take up to 64 times as long.
     assert min([await seconds(40_000) for _ in range(3)]) < 24 * quick
+
+
+NO_MESSAGES = [(b"7", 0), (b"\xff\n", FLAG_MODEL), (b"{}", FLAG_IMPORTED), (b"[" * 50_000, FLAG_IMPORTED)]
+
+
+@pytest.mark.parametrize(("payload", "flags"), NO_MESSAGES)
+async def test_a_resume_that_meets_what_is_no_message_ends_with_an_error(payload: bytes, flags: int) -> None:
+    steps, store = Steps(), InMemoryEventStore()
+    app = resumable_http_app(counting_server(steps), store)
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
+        (live,) = layer_of(app).custody.live.values()
+        log = await store.log()
+        first = await log.append(live.scope.name_of("5"), b'{"jsonrpc":"2.0","method":"m"}', FLAG_MODEL)
+        await log.append(live.scope.name_of("5"), payload, flags)
+        async with client.resume(first) as stream:
+            (event,) = await stream.rest()
+        assert event.message is not None
+        assert event.message["id"] == 5
+        assert "without a hole" in event.message["error"]["message"]
+
+
+@pytest.mark.parametrize(("payload", "flags"), NO_MESSAGES)
+async def test_on_the_standalone_stream_it_is_left_out(payload: bytes, flags: int) -> None:
+    store = InMemoryEventStore()
+    app = resumable_http_app(counting_server(Steps()), store)
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
+        (live,) = layer_of(app).custody.live.values()
+        log, name = await store.log(), live.scope.name_of(STANDALONE_STREAM)
+        first = await log.append(name, b'{"jsonrpc":"2.0","method":"m"}', FLAG_MODEL)
+        await log.append(name, payload, flags)
+        last = await log.append(name, b'{"jsonrpc":"2.0","method":"n"}', FLAG_MODEL)
+        async with client.resume(first) as stream:
+            assert (await anext(stream)).id == last
