@@ -20,6 +20,7 @@ from crash_kill import BrokenPromiseError
 from logstore.mcp import InMemoryEventStore, layer, resumable_http_app
 from logstore.mcp.layer import ResumeLayer
 from logstore.mcp.scope import request_id_of
+from logstore.mcp.sessions import key_of
 from logstore.storage.origin import encode_origin
 
 _INPUTS_A_SERVER: Final = 300
@@ -159,6 +160,11 @@ class _Server:
             return await (await self.store.log()).append(f"{self.token}/{stream}", payload, flags)
 
         return str(self._run(put()))
+
+    def park(self, session_id: bytes) -> None:
+        """Let a session leave memory, as one that is idle does."""
+        custody = self.layer.custody
+        self._run(custody.let_go(custody.live[key_of(session_id.decode("latin-1"))]))
 
     @property
     def token(self) -> str:
@@ -355,6 +361,36 @@ class StoredTarget(_HttpTarget):
             raise BrokenPromiseError(f"there are the events {ids} and not an answer: {body[:300]!r}")
 
 
+class RevivalTarget(_HttpTarget):
+    """What a client opened its session with, sent to the SDK again when the session comes back."""
+
+    name = "revival"
+
+    def draw(self, rng: random.Random) -> Input:
+        body = json.dumps(_INITIALIZE).encode()
+        if rng.random() < 0.7:
+            place = rng.choice((b'"clientInfo": {', b'"capabilities": {', b'"params": {', b"{"))
+            body = body.replace(place, place + b'"extra": ' + hostile_json(rng) + b", ", 1).replace(b", }", b"}")
+        else:
+            body = altered_json(_INITIALIZE, rng)
+        return Input(body)
+
+    def feed(self, given: Input) -> bool:
+        server = self.server()
+        opened = server.ask("POST", _HEADERS, [given.data])
+        session_id = next((value for name, value in opened.headers if name == b"mcp-session-id"), None)
+        if opened.status != 200 or session_id is None:
+            return False
+        headers = [*_HEADERS, (b"mcp-session-id", session_id)]
+        server.ask("POST", headers, [json.dumps(_INITIALIZED).encode()])
+        server.park(session_id)
+        answer = server.ask("POST", headers, [json.dumps(_PING).encode()])
+        server.ask("DELETE", headers, [])
+        if answer.status != 200:
+            raise BrokenPromiseError(f"a session that was parked is answered with {answer.status}: {answer.body!r}")
+        return True
+
+
 _ERROR: Final = {"jsonrpc": "2.0", "id": 7, "error": {"code": 1, "message": "?", "data": [1]}}
 
-HTTP_TARGETS: Final[tuple[type[Target], ...]] = (LastEventIdTarget, RequestTarget, StoredTarget)
+HTTP_TARGETS: Final[tuple[type[Target], ...]] = (LastEventIdTarget, RequestTarget, StoredTarget, RevivalTarget)

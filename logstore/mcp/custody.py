@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
+import msgspec
 from starlette.types import ASGIApp, Scope
 
 from logstore.errors import LogstoreError
@@ -142,7 +143,12 @@ class Custody:
         session = await self.keeper.find(key)
         if session is None or self._is_expired(session):
             return None
-        data = SessionData.decode(session.data)
+        try:
+            data = SessionData.decode(session.data)
+        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+            # Nobody can serve it, whoever put it there.
+            logger.error("the registry has a session that cannot be read: %s", error)
+            return None
         return (session, SessionScope(data.scope)) if data.credential == credential_of(scope, data.scope) else None
 
     async def adopt(self, key: str) -> LiveSession | None:

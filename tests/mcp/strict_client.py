@@ -95,6 +95,10 @@ class StrictClient:
         response = await self._http.post(self._url, json=body, headers=self._headers())
         assert response.status_code == 202
 
+    def another(self) -> StrictClient:
+        """Return a client without a session, over the same connections."""
+        return StrictClient(self._http, self._url, self._token)
+
     def opened(self, method: str, body: bytes) -> contextlib.AbstractAsyncContextManager[httpx2.Response]:
         """Send whatever there is to send, and give the response as long as the block lasts."""
         headers = {"content-type": "application/json", **self._headers()}

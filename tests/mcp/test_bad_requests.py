@@ -13,6 +13,7 @@ from logstore.mcp import InMemoryEventStore, resumable_http_app
 from logstore.mcp.connections import Connection
 from logstore.mcp.layer import ResumeLayer
 from logstore.mcp.sdk import STANDALONE_STREAM
+from logstore.mcp.sessions import key_of
 from logstore.storage import FLAG_MODEL
 from logstore.storage.record import FLAG_IMPORTED
 from tests.mcp.serving import DEADLINE_S, Steps, counting_server, served
@@ -117,3 +118,31 @@ async def test_on_the_standalone_stream_it_is_left_out(payload: bytes, flags: in
         last = await log.append(name, b'{"jsonrpc":"2.0","method":"n"}', FLAG_MODEL)
         async with client.resume(first) as stream:
             assert (await anext(stream)).id == last
+
+
+@pytest.mark.parametrize("extra", [b"NaN", b"1e999", b"-Infinity", b"9" * 4_000])
+async def test_a_session_that_was_opened_with_more_than_json_has_comes_back_too(extra: bytes) -> None:
+    app = resumable_http_app(counting_server(Steps()), InMemoryEventStore())
+    custody = layer_of(app).custody
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
+        other = client.another()
+        opening = (
+            b'{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25",'
+            b'"capabilities":{},"clientInfo":{"name":"n","version":"1"},"extra":%b}}' % extra
+        )
+        async with other.opened("POST", opening) as response:
+            assert response.status_code == 200
+            other.session_id = response.headers["mcp-session-id"]
+            await response.aread()
+        await other.notify("notifications/initialized")
+        assert await custody.let_go(custody.live[key_of(other.session_id)])
+        assert await other.send("POST", CALL) == 200
+
+
+async def test_a_session_that_cannot_be_read_is_unknown() -> None:
+    store = InMemoryEventStore()
+    app = resumable_http_app(counting_server(Steps()), store)
+    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
+        client.session_id = "made up"
+        await (await store.sessions()).open(key_of("made up"), b'{"scope": 5}', "")
+        assert await client.send("POST", CALL) == 404

@@ -202,6 +202,9 @@ def message_of(payload: bytes) -> dict[str, Any]:
         message = _parse(payload)
     except RecursionError:
         raise ValueError(f"the message is nested deeper than {MAX_DEPTH} levels") from None
+    except msgspec.MsgspecError as error:
+        # A ValueError only in later releases of msgspec.
+        raise ValueError(str(error)) from error
     if type(message) is not dict:
         raise ValueError(f"the message is a JSON {type(message).__name__}, not an object")
     if _is_deep(message):
