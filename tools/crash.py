@@ -22,6 +22,7 @@ try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
     from crash_errors import ErrorsCampaign
+    from crash_fuzz import TARGETS, FuzzCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
     from crash_mutation import MutationCampaign
     from crash_mutations import MUTATIONS
@@ -151,6 +152,16 @@ _KINDS: Final = {
         runs=1,
         sizes={"calls": 1000, "clients": 50, "workers": 4},
     ),
+    "fuzz": _Kind(
+        FuzzCampaign,
+        "inputs",
+        "every parser took or refused each input with an error of its own, in bounded time and memory, and took "
+        "nothing that was not written",
+        "damaged and forged bytes for everything that parses",
+        "Feed one parser after another, a run each, with damaged and forged bytes, in a process with bounds.",
+        runs=len(TARGETS),
+        sizes={"inputs": 2_000, "first": 0, "target": "all"},
+    ),
 }
 
 
@@ -204,12 +215,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
         campaign.add_argument("--runs", type=int, default=kind.runs, help="how many times (default: %(default)s)")
         campaign.add_argument("--seed", type=int, help="what everything is drawn from (default: the clock, printed)")
         for size, figure in kind.sizes.items():
-            what = (
-                "what of it, such as a failure names (default: all)"
-                if figure == ""
-                else "how many (default: %(default)s)"
-            )
-            campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=what)
+            words = "how many (default: %(default)s)" if isinstance(figure, int) else "which (default: all)"
+            campaign.add_argument(f"--{size}", type=type(figure), default=figure, help=words)
         campaign.add_argument("--folder", type=Path, help="where to put the stores (default: a temporary folder)")
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     seed = time.time_ns() % 1_000_000 if parsed.seed is None else parsed.seed

@@ -93,7 +93,7 @@ class MutationCampaign:
             shutil.rmtree(place, ignore_errors=True)
             command = ["tools/crash.py", *proof[1:], "--seed", str(self._seed), "--folder", str(place)]
         else:
-            command = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "not nothing", *proof]
+            command = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *proof]
         environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(

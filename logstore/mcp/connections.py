@@ -62,7 +62,7 @@ class Connection:
     Attributes:
         stream: Name in the log of the stream that the response carries, empty while it is none.
         began_ns: Orders the connections of one machine.
-        body: What was received of the request, whole once `received` is set.
+        body: Of the request, empty until `received` is set.
         received: Whether the request was received whole.
         ended: Whether somebody has ended it.
         status: Of the response, 0 before it has begun.
@@ -76,6 +76,7 @@ class Connection:
         "_again",
         "_ending",
         "_interrupted",
+        "_pieces",
         "_receive",
         "_receiving",
         "_send",
@@ -102,6 +103,8 @@ class Connection:
         self._starting: asyncio.Event | None = None
         self.stream = ""
         self.began_ns = time.time_ns()
+        # A client may send a byte at a time: put together once, not anew with each.
+        self._pieces = bytearray()
         self.body = b""
         self.received = False
         self.status = 0
@@ -116,7 +119,8 @@ class Connection:
         """The id of the JSON-RPC request that was received, None for anything else."""
         try:
             envelope = _decode_envelope(self.body)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError, msgspec.MsgspecError):
+            # Text that is no UTF-8, nesting without end, no JSON.
             envelope = _tolerantly(self.body)
         return envelope.id if envelope.method is not None else None
 
@@ -130,7 +134,7 @@ class Connection:
         while not self.received:
             if (await self.receive())["type"] == "http.disconnect":
                 return False
-            if len(self.body) > limit:
+            if max(len(self._pieces), len(self.body)) > limit:
                 return False
         return True
 
@@ -165,9 +169,12 @@ class Connection:
     def _take(self, message: Message) -> None:
         if message["type"] != "http.request":
             return
-        chunk = message.get("body", b"")
-        self.body = self.body + chunk if self.body else chunk
-        if not message.get("more_body", False):
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        if more or self._pieces:
+            self._pieces += chunk
+        if not more:
+            self.body = bytes(self._pieces) if self._pieces else chunk
+            self._pieces.clear()
             self.received = True
             if self.on_received is not None:
                 self.on_received(self)
@@ -213,7 +220,7 @@ class Connection:
         The response to a request not before an id went out on it: its client could not come back for the rest.
         """
         self._ending = True
-        if not self.ended and (self.resumable or not self.body):
+        if not self.ended and (self.resumable or not (self.body or self._pieces)):
             self.ended = True
             if self._receiving is not None:
                 self._interrupted = True

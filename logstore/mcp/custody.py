@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
+import msgspec
 from starlette.types import ASGIApp, Scope
 
 from logstore.errors import LogstoreError
@@ -174,12 +175,14 @@ class Custody:
         session = await self.keeper.find(key)
         if session is None or self._is_expired(session) or self._is_ended(key):
             return None
-        data = SessionData.decode(session.data)
-        return (
-            (session, SessionScope(data.scope))
-            if data.credential == credential_of(client_of(scope), data.scope)
-            else None
-        )
+        try:
+            data = SessionData.decode(session.data)
+        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+            # Nobody can serve it, whoever put it there.
+            logger.error("the registry has a session that cannot be read: %s", error)
+            return None
+        is_its_client = data.credential == credential_of(client_of(scope), data.scope)
+        return (session, SessionScope(data.scope)) if is_its_client else None
 
     async def adopt(self, key: str) -> LiveSession | None:
         """Take a session over that nobody serves; return None when somebody does, or when it has ended.

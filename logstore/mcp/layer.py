@@ -171,7 +171,8 @@ class ResumeLayer:
             """Note that the SDK gets the request, and which stream the response carries."""
             if call is not None:
                 call.begin()
-            request_id = connection.request_id
+            # Whatever else has a body, the SDK does not read it.
+            request_id = connection.request_id if scope["method"] == "POST" else None
             if request_id is not None:
                 self.connections.add(session.begin(request_id), connection)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 from mcp_types import (
@@ -40,6 +40,8 @@ MAX_DEPTH: Final = 200
 _ANSWERS: Final = (JSONRPCResponse, JSONRPCError)
 _NO_ANSWERS: Final = (JSONRPCNotification, JSONRPCRequest)
 _MODELS: Final = (*_NO_ANSWERS, *_ANSWERS)
+_FIELDS: Final = frozenset(name for model in _MODELS for name in model.model_fields)
+_ERROR_FIELDS: Final = frozenset(ErrorData.model_fields)
 _JSON_TYPES: Final[frozenset[type]] = frozenset({dict, list, str, bool, int, float, type(None)})
 _STR_ONLY: Final[frozenset[type]] = frozenset({str})
 _LONGEST_KEY_SHOWN: Final = 40
@@ -87,19 +89,51 @@ def decode(event: Event) -> Message:
     """Return the message of an event; not for priming events.
 
     Models are built without validation: what is stored was valid, and validating again costs more than all the rest.
+
+    Raises:
+        InvalidMessageError: Something else is stored: the log takes any bytes, from an import too.
     """
-    payload = event.payload
-    if event.flags & FLAG_IMPORTED:
-        _, _, payload = split_origin(payload)
-    fields = _decode_json(payload)
-    if not event.flags & FLAG_MODEL:
-        return cast("dict[str, Any]", fields)
+    fields = _fields_of(event)
+    return _model_of(fields, event) if event.flags & FLAG_MODEL else fields
+
+
+def on_one_line(event: Event) -> bytes:
+    """Return the JSON of an event's message without line breaks; not for priming events.
+
+    Raises:
+        InvalidMessageError: As `decode`.
+    """
+    try:
+        return bytes(_encode_json(_fields_of(event)))
+    except (RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidMessageError("$", f"event {event.id} cannot be sent: {_printable(error)}") from error
+
+
+def _fields_of(event: Event) -> dict[str, Any]:
+    try:
+        payload = split_origin(event.payload)[2] if event.flags & FLAG_IMPORTED else event.payload
+        fields = _decode_json(payload)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidMessageError("$", f"event {event.id} holds no JSON: {_printable(error)}") from error
+    if type(fields) is not dict:
+        raise InvalidMessageError("$", f"event {event.id} holds a JSON {_name_of(fields)}, not an object")
+    return fields
+
+
+def _model_of(fields: dict[str, Any], event: Event) -> JSONRPCMessage:
+    if not _FIELDS.issuperset(fields):
+        # The SDK's parser drops them; here they could be taken for arguments.
+        fields = {name: value for name, value in fields.items() if name in _FIELDS}
     if "method" in fields:
         if "id" in fields:
             return JSONRPCRequest.model_construct(**fields)
         return JSONRPCNotification.model_construct(**fields)
     if "error" in fields:
-        fields["error"] = ErrorData.model_construct(**fields["error"])
+        error = fields["error"]
+        if type(error) is not dict:
+            raise InvalidMessageError("$.error", f"event {event.id} holds a JSON {_name_of(error)}, not an object")
+        known = {name: value for name, value in error.items() if name in _ERROR_FIELDS}
+        fields["error"] = ErrorData.model_construct(**known)
         return JSONRPCError.model_construct(**fields)
     return JSONRPCResponse.model_construct(**fields)
 

@@ -9,14 +9,13 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Final
 
-import msgspec
 from sse_starlette import EventSourceResponse
 
-from logstore.errors import DamageError, GapError
+from logstore.errors import DamageError, GapError, InvalidMessageError
 from logstore.mcp import answers
 from logstore.mcp.base import EventLog
 from logstore.mcp.connections import Connection
-from logstore.mcp.messages import decode
+from logstore.mcp.messages import on_one_line
 from logstore.mcp.scope import SessionScope, is_standalone
 from logstore.storage import FIRST_PAGE_EVENTS, FLAG_FINAL, FLAG_MODEL, FLAG_PRIMING, Event
 from logstore.storage.record import FLAG_IMPORTED
@@ -70,24 +69,41 @@ class Resumption:
         try:
             for event in self._first:
                 # The one that the client has comes first, when the log still has it.
-                if event.event_id != self._after and not event.flags & FLAG_PRIMING:
-                    yield _as_sse(event)
+                if event.event_id != self._after and (sent := self._sent(event)):
+                    yield sent
                 if event.flags & FLAG_FINAL:
                     return
             after = self._first[-1].event_id if self._first else self._after
             followed = self._log.follow(self.stream, after)
             try:
                 async for event in followed:
-                    if not event.flags & FLAG_PRIMING:
-                        yield _as_sse(event)
+                    if sent := self._sent(event):
+                        yield sent
                     if event.flags & FLAG_FINAL:
                         return
             finally:
                 await _close(followed)
-        except (GapError, DamageError) as problem:
+        except (GapError, DamageError, InvalidMessageError) as problem:
             logger.warning("a resumed stream has a gap: %s", problem)
             if not is_standalone(self.stream):
                 yield answers.gap(self.stream)
+
+    def _sent(self, event: Event) -> bytes:
+        """Return an event as it goes over the wire, empty for one that is not sent.
+
+        Raises:
+            InvalidMessageError: It holds no message, and was to be sent to somebody who waits for an answer.
+        """
+        if event.flags & FLAG_PRIMING:
+            return b""
+        try:
+            return _as_sse(event)
+        except InvalidMessageError as problem:
+            if not is_standalone(self.stream):
+                raise
+            # Ended here, its client would come back and end here again.
+            logger.error("an event of a session is left out: %s", problem)
+            return b""
 
     async def answer(self, connection: Connection, session_id: str, retry_ms: int | None) -> None:
         """Send the response."""
@@ -138,18 +154,16 @@ async def _with_retry(events: AsyncGenerator[bytes, None], retry_ms: int | None)
 
 
 def _as_sse(event: Event) -> bytes:
+    """Return an event as it goes over the wire.
+
+    Raises:
+        InvalidMessageError: It holds no message: not every event was stored by the SDK.
+    """
     payload = event.payload
     # What was not stored by the SDK may be laid out in lines, which would end the field.
     if event.flags & (FLAG_MODEL | FLAG_IMPORTED) != FLAG_MODEL or any(end in payload for end in _LINE_ENDS):
-        payload = _encoded_again(event)
+        payload = on_one_line(event)
     return answers.as_sse(payload, event.id)
-
-
-def _encoded_again(event: Event) -> bytes:
-    message = decode(event)
-    if isinstance(message, dict):
-        return msgspec.json.encode(message)
-    return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
 
 
 async def _close(events: AsyncIterator[Event]) -> None:

@@ -84,8 +84,17 @@ async def open_inside(app: ASGIApp, session: SessionScope, initialize: bytes, sc
         session: Where its events go.
         initialize: The body of the request that opened it.
         scope: Of the request on whose behalf it is done; the credential is in it.
+
+    Returns:
+        Status 400 also when the body is none that the SDK can have taken.
     """
-    request = from_json(initialize)
+    try:
+        # The SDK's own parser, which takes more than JSON has: what opened the session once opens it again.
+        request = from_json(initialize)
+    except ValueError:
+        request = None
+    if type(request) is not dict:
+        return InnerResponse(400, [], b"")
     # An id that no client has, and whose stream is not kept: the client got its answer long ago.
     request["id"] = session.unrecorded = f"logstore-{secrets.token_hex(8)}"
     opened = await _call(app, session, scope, "POST", _BODY_HEADERS, to_json(request))

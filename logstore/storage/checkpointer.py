@@ -142,10 +142,12 @@ class Checkpointer:
             return
 
         def done(result: int | BaseException) -> None:
-            if isinstance(result, BaseException):
-                logger.error("journals of a dead process cannot be adopted, they wait: %s", result)
-            else:
-                self._store.lane.ids.advance(result)
+            try:
+                if isinstance(result, BaseException):
+                    raise result
+                self._store.lane.advance(result)
+            except BaseException as error:
+                logger.error("journals of a dead process cannot be adopted, they wait: %s", error)
             if self._loop is not None:
                 self._loop.call_later(_ADOPT_S, self._adopt)
 

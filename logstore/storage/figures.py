@@ -17,12 +17,13 @@ import time
 from asyncio import get_running_loop
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 
 from logstore.storage.files import Disk
 from logstore.storage.latency import Latency
+from logstore.storage.record import MAX_TIME_US
 from logstore.storage.worker import Done, Job, Timers
 from logstore.version import __version__
 
@@ -31,6 +32,7 @@ logger = logging.getLogger("logstore")
 _FILE: Final = "figures.json"
 _MOST_BYTES: Final = 64 << 10
 _INTERVAL_S: Final = 5.0
+_TimeUs = Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_US)]
 _AT_LEAST_EVERY_S: Final = 60.0
 """So that figures older than this tell of a process that hangs, or cannot write."""
 
@@ -118,11 +120,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     incarnation: int
     version: str
-    opened_us: int
-    published_us: int
+    opened_us: _TimeUs
+    published_us: _TimeUs
     status: Literal["ok", "degraded", "failed", "closed"]
     reason: str | None
-    since_us: int | None
+    since_us: _TimeUs | None
     stats: ProcessStats
 
 
@@ -137,7 +139,8 @@ def read_figures(disk: Disk, folder: Path) -> Figures | None:
         return None
     try:
         return _decoder.decode(disk.read(fd, _MOST_BYTES, 0))
-    except msgspec.MsgspecError:
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        # Not only what is no JSON: text that is no UTF-8, and nesting without end.
         return None
     finally:
         disk.close(fd)

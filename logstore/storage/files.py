@@ -101,6 +101,9 @@ class Disk:
 
     def read(self, fd: int, length: int, offset: int) -> bytes:
         """Return up to `length` bytes from `offset`; fewer only at the end of the file."""
+        if length > _READ_STEP:
+            # Room for all of it is made before anything is read, and a length may be anybody's word.
+            length = min(length, max(0, self.size(fd) - offset))
         data = os.pread(fd, length, offset)
         if len(data) == length or not data:
             return data

@@ -26,13 +26,14 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import google_crc32c
 import msgspec
 
+from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header
 from logstore.storage.record import iter_frames, salvage_frames
@@ -41,6 +42,9 @@ PAGE_BYTES: Final = 4096
 _FIELDS: Final = struct.Struct("<QIIIIQI")
 _CRC: Final = struct.Struct("<I")
 BATCH_HEADER_BYTES: Final = _FIELDS.size + _CRC.size
+
+MAX_FILE_BYTES: Final = 0xFFFFFFFF
+"""No journal is longer: what says so does not tell the truth."""
 
 _SMALL_BATCH_BYTES: Final = 16 << 10
 _ZERO_AHEAD_BYTES: Final = 256 << 10
@@ -214,6 +218,7 @@ class JournalReader:
         self.header = header
         self.offset = PAGE_BYTES
         self.number = 0
+        self._checksums: PartChecksums | None = None
         self._chain: int | None = _CRC.unpack_from(encoded, HEADER_BYTES - _CRC.size)[0]
 
     def batches(self, data: bytes, base: int = 0, limit: int | None = None) -> Iterator[Batch]:
@@ -238,22 +243,30 @@ class JournalReader:
             stop = start + header.length
             if stop > end or header.number != self.number or self._chain not in (None, header.previous):
                 return None
-            body = data[start - base : stop - base]
-            if google_crc32c.value(body) != header.checksum:
+            if self._checksum(data, start - base, stop - base) != header.checksum:
                 return None
+            body = data[start - base : stop - base]
             return Batch(offset, stop, header.number, header.count, header.chain, body)
         return None
+
+    def _checksum(self, data: bytes, start: int, end: int) -> int:
+        if self._checksums is None:
+            return int(google_crc32c.value(data[start:end]))
+        return self._checksums.extend(0, start, end)
 
     def _accept(self, batch: Batch) -> None:
         self.offset = batch.end
         self.number = batch.number + 1
         self._chain = batch.chain
 
-    def continue_at(self, offset: int, number: int) -> None:
-        """Go on behind a damaged place, with the batch `number` at `offset`."""
+    def continue_at(self, offset: int, number: int, data: bytes) -> None:
+        """Go on behind a damaged place, with the batch `number` at `offset`; `data` is the whole file."""
         self.offset = offset
         self.number = number
         self._chain = None
+        if self._checksums is None:
+            # Thousands of headers that can be trusted may claim the same bytes, and none of them rightly.
+            self._checksums = PartChecksums(lambda start, end: data[start:end], len(data))
 
 
 def scan_journal(data: bytes, path: Path, known_durable: int = 0, limit: int | None = None) -> JournalScan:
@@ -277,9 +290,8 @@ def scan_journal(data: bytes, path: Path, known_durable: int = 0, limit: int | N
     Source: the witness inside the batches is this project's; keeping bytes aside before ending a file is etcd's
         (`server/storage/wal/repair.go`).
     """
-    header = decode_header(data, path, KIND_JOURNAL)
-    data = data[:limit]
-    return _scan(data, JournalReader(header, data), known_durable)
+    reader = JournalReader(decode_header(data, path, KIND_JOURNAL), data)
+    return _scan(data[:limit], reader, known_durable)
 
 
 def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | None, reason: str) -> JournalScan:
@@ -300,13 +312,13 @@ def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | N
     header = FileHeader(kind=KIND_JOURNAL, store_id=store_id, salt=salt)
     whole = batch_header_at(data, PAGE_BYTES, salt) is not None
     found = _later_headers(data, PAGE_BYTES, salt) if whole else ()
-    if max(known_durable, max((each.header.durable for each in found), default=0)) <= PAGE_BYTES:
+    if max(known_durable, _known_durable(found)) <= PAGE_BYTES:
         return JournalScan(header, [], 0, len(data.rstrip(b"\0")), [])
     if not whole:
         frames = [frame for _, frame in salvage_frames(data, header.seed)]
         return JournalScan(header, frames, 0, 0, [JournalDamage(0, len(data), None, reason)])
     reader = JournalReader(header, bytes(HEADER_BYTES))
-    reader.continue_at(PAGE_BYTES, 0)
+    reader.continue_at(PAGE_BYTES, 0, data)
     scan = _scan(data, reader, known_durable)
     scan.damage.insert(0, JournalDamage(0, PAGE_BYTES, 0, reason))
     return scan
@@ -318,12 +330,12 @@ def _scan(data: bytes, reader: JournalReader, known_durable: int) -> JournalScan
     later: deque[_Found] | None = None
     while True:
         for batch in reader.batches(data):
-            scan.frames.extend(frame for _, frame in iter_frames(batch.body, header.seed))
+            _take(batch, scan)
         scan.end = bad = reader.offset
         if later is None:
             # Looked for once: a file with thousands of bad places would be searched from each of them to its end.
             later = deque(_later_headers(data, bad, header.salt))
-            known_durable = max(known_durable, max((found.header.durable for found in later), default=0))
+            known_durable = max(known_durable, _known_durable(later))
         while later and later[0].offset < bad:
             later.popleft()
         if known_durable <= bad:
@@ -331,6 +343,23 @@ def _scan(data: bytes, reader: JournalReader, known_durable: int) -> JournalScan
             return scan
         if not _skip_damage(data, reader, scan, later, known_durable):
             return scan
+
+
+def _take(batch: Batch, scan: JournalScan) -> None:
+    """Serve a batch's events."""
+    frames = [frame for _, frame in iter_frames(batch.body, scan.header.seed)]
+    if sum(map(len, frames)) != len(batch.body):
+        # Its checksum matches, so whoever wrote this wrote it so.
+        frames = [frame for _, frame in salvage_frames(batch.body, scan.header.seed)]
+        lost = max(0, batch.count - len(frames))
+        reason = "a batch holds bytes that are no event, and its checksum matches"
+        scan.damage.append(JournalDamage(batch.offset, batch.end - batch.offset, lost, reason))
+    scan.frames.extend(frames)
+
+
+def _known_durable(later: Iterable[_Found]) -> int:
+    """Return up to where batch headers say that the file was on disk."""
+    return min(MAX_FILE_BYTES, max((each.header.durable for each in later), default=0))
 
 
 def _later_headers(data: bytes, offset: int, salt: int) -> Iterator[_Found]:
@@ -364,7 +393,7 @@ def _skip_damage(data: bytes, reader: JournalReader, scan: JournalScan, later: d
         scan.end = end
         scan.torn_bytes = _torn_bytes(data, end)
         return False
-    reader.continue_at(end, following.header.number)
+    reader.continue_at(end, following.header.number, data)
     return True
 
 

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import mmap
+import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,21 +25,27 @@ from typing import Final, NamedTuple
 
 import google_crc32c
 
-from logstore.errors import StoreLockedError
+from logstore.errors import DamageError, StoreLockedError
 from logstore.storage import ids
 from logstore.storage.files import Disk, Lock
 from logstore.storage.header import KIND_JOURNAL, FileHeader, new_salt
-from logstore.storage.journal import PAGE_BYTES, JournalWriter
+from logstore.storage.journal import MAX_FILE_BYTES, PAGE_BYTES, JournalWriter
 
 _SUFFIX: Final = ".journal"
+_JOURNAL_NAME: Final = re.compile(r"[0-9]{10}\.journal", re.ASCII)
+_LANE_NAME: Final = re.compile(r"[0-9]{4}", re.ASCII)
 _TEMPORARY: Final = ".tmp"
 _INCARNATION_AT: Final = 32
 _STATE_FIELDS: Final = struct.Struct("<QQQ")
 _CRC: Final = struct.Struct("<I")
 _STATE_SLOTS: Final = (0, PAGE_BYTES)
+STATE_SLOT_BYTES: Final = _STATE_FIELDS.size + _CRC.size
 
 RESERVE_AHEAD_MS: Final = 2_000
 _RESERVE_ORDINALS: Final = 64
+_LAST_FLOOR: Final = ids.MAX_ID - (1 << 53)
+_LAST_ORDINAL: Final = 0xF0000000
+"""Far beyond what any clock or lane gets to before the year 2109; behind them enough is left for decades."""
 
 
 class Place(NamedTuple):
@@ -49,8 +56,9 @@ class Place(NamedTuple):
 
 
 NOWHERE: Final = Place(0, 0)
-END_OF_FILE: Final = 0xFFFFFFFF
+END_OF_FILE: Final = MAX_FILE_BYTES
 """An offset behind everything that a mark can name."""
+_MOST_ORDINAL: Final = 0xFFFFFFFF
 
 
 @functools.cache
@@ -175,8 +183,7 @@ def is_held(disk: Disk, folder: Path) -> bool:
 
 def journal_ordinals(disk: Disk, folder: Path) -> list[int]:
     """Return the ordinals of a lane's journal files, ascending."""
-    names = (name.removesuffix(_SUFFIX) for name in disk.list(folder) if name.endswith(_SUFFIX))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name.removesuffix(_SUFFIX)) for name in disk.list(folder) if _JOURNAL_NAME.fullmatch(name))
 
 
 def journal_path(folder: Path, ordinal: int) -> Path:
@@ -194,7 +201,7 @@ def remove_unpublished(disk: Disk, folder: Path) -> None:
 def lane_folders(disk: Disk, root: Path) -> Iterator[tuple[int, Path]]:
     """Yield number and folder of every lane that ever was."""
     for name in sorted(disk.list(root / "lanes")):
-        if name.isdigit():
+        if _LANE_NAME.fullmatch(name) and int(name) < ids.LANE_COUNT:
             yield int(name), root / "lanes" / name
 
 
@@ -225,15 +232,27 @@ def _read_state(disk: Disk, folder: Path) -> _State:
     except FileNotFoundError:
         return newest
     try:
-        slots = [disk.read(fd, _STATE_FIELDS.size + _CRC.size, offset) for offset in _STATE_SLOTS]
+        slots = [disk.read(fd, STATE_SLOT_BYTES, offset) for offset in _STATE_SLOTS]
     finally:
         disk.close(fd)
-    for data in slots:
-        fields, checksum = data[: _STATE_FIELDS.size], data[_STATE_FIELDS.size :]
-        if checksum == _CRC.pack(google_crc32c.value(fields)):
-            sequence, event_id, ordinal = _STATE_FIELDS.unpack(fields)
-            newest = max(newest, _State(sequence, Reservation(event_id, ordinal)))
-    return newest
+    return max([newest, *(state for data in slots if (state := _decode_slot(data)) is not None)])
+
+
+def _decode_slot(data: bytes) -> _State | None:
+    """Return what a slot holds, None when it was not written whole, or never by this package."""
+    fields, checksum = data[: _STATE_FIELDS.size], data[_STATE_FIELDS.size :]
+    if checksum != _CRC.pack(google_crc32c.value(fields)):
+        return None
+    sequence, event_id, ordinal = _STATE_FIELDS.unpack(fields)
+    if max(sequence, event_id) > ids.MAX_ID or ordinal > _MOST_ORDINAL:
+        return None
+    return _State(sequence, Reservation(event_id, ordinal))
+
+
+def bad_slots(state: bytes) -> list[int]:
+    """Return the offsets of the slots of a lane's `state` that hold something, and not a whole reservation."""
+    slots = {offset: state[offset : offset + STATE_SLOT_BYTES] for offset in _STATE_SLOTS}
+    return [offset for offset, data in slots.items() if data.strip(b"\0") and _decode_slot(data) is None]
 
 
 def first_reservation(disk: Disk, folder: Path, reservation: Reservation) -> None:
@@ -305,10 +324,26 @@ class Lane:
         """Draw an incarnation, above `floor` and above everything this lane ever gave out.
 
         Before the first write what an earlier incarnation left must be adopted, then `marks.begin` called.
+
+        Raises:
+            DamageError: There are no ids, or no ordinals, above what is said to have been given out.
         """
-        self.ids.advance(max(floor, self._reserved.event_id))
+        if self._ordinal > _LAST_ORDINAL:
+            raise DamageError(self.folder, 0, 0, f"journal {self._ordinal - 1} or its reservation is none of ours")
+        self.advance(max(floor, self._reserved.event_id))
         self.incarnation = self.ids.next(now_us)
         self.reserve(self.incarnation)
+
+    def advance(self, floor: int) -> None:
+        """Give out only ids above `floor` from now on.
+
+        Raises:
+            DamageError: There are none.
+        """
+        if floor > _LAST_FLOOR:
+            reason = f"the store says that ids up to {floor} were given out, and there are none above; restore a backup"
+            raise DamageError(self.folder / "state", 0, 0, reason)
+        self.ids.advance(floor)
 
     @property
     def reserved_id(self) -> int:

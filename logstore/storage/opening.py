@@ -174,7 +174,7 @@ class OpenStore:
             # Until the marks name this incarnation, compaction takes what it writes for a dead process's.
             self.segments.close()
         self.lane.marks.begin(self.lane.incarnation)
-        self.lane.ids.advance(max(highest, self.adopt_dead_lanes()))
+        self.lane.advance(max(highest, self.adopt_dead_lanes()))
         self._wait_for_void_lanes()
 
     def _share_store(self) -> Lock:

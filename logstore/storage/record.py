@@ -17,12 +17,13 @@ from __future__ import annotations
 import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
 import google_crc32c
 import msgspec
 
 from logstore.errors import InvalidStreamError
+from logstore.storage.checksums import PartChecksums
 
 FLAG_PRIMING: Final = 1
 """An event without a message: stored so that its id can be resumed from, never replayed."""
@@ -46,6 +47,13 @@ _UNSHOWABLE: Final = frozenset({"Cc", "Zl", "Zp"})
 """Unicode categories that would break a line of a table or a log: control characters and line separators."""
 MAX_STREAM_BYTES: Final = 512
 """Bound on the name of a stream."""
+MAX_TIME_US: Final = 253_402_300_799_999_999
+"""The last moment of the year 9999, the latest that has an ISO form."""
+
+# What SQLite can hold: a checksum that matches is no proof that this package wrote the bytes.
+_Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_TimeUs = Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_US)]
+_Flags = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 
 
 class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -60,11 +68,11 @@ class Event(msgspec.Struct, array_like=True, frozen=True, gc=False):
         payload: What was stored, unchanged.
     """
 
-    id: int
-    prev: int
-    time_us: int
+    id: _Id
+    prev: _Id
+    time_us: _TimeUs
     stream: str
-    flags: int
+    flags: _Flags
     payload: bytes
 
     @property
@@ -104,16 +112,28 @@ def next_page_events(page: Sequence[Event]) -> int:
 class Stamp(msgspec.Struct, array_like=True, gc=False):
     """An event without its payload, which the decoder skips; the fields are those of `Event`."""
 
-    id: int
-    prev: int
-    time_us: int
+    id: _Id
+    prev: _Id
+    time_us: _TimeUs
     stream: str
-    flags: int
+    flags: _Flags
+
+
+class _Body(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
+    """All of an event and nothing else; its payload is not copied."""
+
+    id: _Id
+    prev: _Id
+    time_us: _TimeUs
+    stream: str
+    flags: _Flags
+    payload: memoryview
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decode_event = msgspec.msgpack.Decoder(Event).decode
 _stamp_decoder = msgspec.msgpack.Decoder(Stamp)
+_decode_body = msgspec.msgpack.Decoder(_Body).decode
 
 _pack_header = FRAME_HEADER.pack
 _unpack_header = FRAME_HEADER.unpack_from
@@ -160,23 +180,49 @@ def decode_events(data: bytes, seed: int, most: int) -> tuple[list[Event], int]:
         body = data[start:end]
         if len(body) != length or not 0 < length <= MAX_BODY_BYTES or _extend(seed, body) != checksum:
             break
-        events.append(_decode_event(body))
+        try:
+            event = _decode_event(body)
+        except (ValueError, msgspec.MsgspecError):
+            break
+        if body[0] != _BODY_START[0]:
+            break
+        events.append(event)
         offset = end
     return events, offset
 
 
+def is_event(body: bytes | memoryview) -> bool:
+    """Whether the body of a frame is that of an event; the checksum of one that somebody forged matches, too."""
+    try:
+        _decode_body(body)
+    except (ValueError, msgspec.MsgspecError):
+        return False
+    # There are longer ways to write an array of six, by which no search finds it.
+    return body[0] == _BODY_START[0]
+
+
 def frame_at(data: bytes, offset: int, seed: int) -> bytes | None:
     """Return the frame that begins at `offset`, or None when no valid one does."""
-    if offset + FRAME_HEADER.size > len(data):
+    start = offset + FRAME_HEADER.size
+    if start > len(data):
         return None
     length, checksum = _unpack_header(data, offset)
-    end = offset + FRAME_HEADER.size + length
+    end = start + length
     if not 0 < length <= MAX_BODY_BYTES or end > len(data):
         return None
-    frame = data[offset:end]
-    if _extend(seed, frame[FRAME_HEADER.size :]) != checksum:
+    body = data[start:end]
+    if _extend(seed, body) != checksum or not is_event(body):
         return None
-    return frame
+    return data[offset:end]
+
+
+def frame_end(data: bytes, offset: int) -> int | None:
+    """Return where a frame at `offset` would end; None when it would not end in `data`, or is none by its length."""
+    start = offset + FRAME_HEADER.size
+    if start > len(data):
+        return None
+    end = start + int(FRAME_HEADER.unpack_from(data, offset)[0])
+    return end if start < end <= min(len(data), start + MAX_BODY_BYTES) else None
 
 
 def iter_frames(data: bytes, seed: int, offset: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -187,12 +233,21 @@ def iter_frames(data: bytes, seed: int, offset: int = 0) -> Iterator[tuple[int, 
 
 
 def salvage_frames(data: bytes, seed: int, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield `(offset, frame)` of the frames that are whole in a run of bytes, wherever damage lies between them."""
-    while (found := data.find(_BODY_START, offset + FRAME_HEADER.size)) >= 0:
-        offset = found - FRAME_HEADER.size
-        frame = frame_at(data, offset, seed)
-        if frame is None:
-            offset += 1
+    """Yield `(offset, frame)` of the frames that are whole in a run of bytes, wherever damage lies between them.
+
+    Takes a time that grows with the length of `data`, whatever frames it claims to hold.
+    """
+    checksums = PartChecksums(lambda start, end: data[start:end], len(data))
+    view = memoryview(data)
+    while (start := data.find(_BODY_START, offset + FRAME_HEADER.size)) >= 0:
+        offset = start - FRAME_HEADER.size
+        end = frame_end(data, offset)
+        if (
+            end is not None
+            and checksums.extend(seed, start, end) == FRAME_HEADER.unpack_from(data, offset)[1]
+            and is_event(view[start:end])
+        ):
+            yield offset, data[offset:end]
+            offset = end
         else:
-            yield offset, frame
-            offset += len(frame)
+            offset += 1

@@ -15,23 +15,29 @@ is on disk when it returns. When most entries are outdated the file is written a
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import google_crc32c
 import msgspec
 
 from logstore.errors import DamageError
+from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk, Lock
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, FileHeader, decode_header, new_salt
+from logstore.storage.ids import MAX_ID
+from logstore.storage.record import MAX_TIME_US
 
 logger = logging.getLogger("logstore")
 
 _FRAME: Final = struct.Struct("<II")
 _MAX_ENTRY_BYTES: Final = 1 << 20
+_BODY_START: Final = re.compile(rb"[\x95\x96]")
+"""First byte of every body: a msgpack array of six, or five."""
 _REWRITE_ENTRIES: Final = 10_000
 """Outdated entries that make a rewrite worth it."""
 
@@ -79,8 +85,8 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
 
     kind: int
     key: str
-    incarnation: int
-    time_us: int
+    incarnation: Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
+    time_us: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_US)]
     data: bytes
     stream_prefix: str = ""
 
@@ -290,15 +296,13 @@ class Registry:
         if size <= self._end:
             return
         data = self._disk.read(self._fd, size - self._end, self._end)
-        seed = _seed(self._header)
-        offset = 0
-        while (entry := _entry_at(data, offset, seed)) is not None:
-            self._apply(entry[0])
-            offset = entry[1]
-        self._end += offset
-        rest = data[offset:]
-        if any(_entry_at(rest, later, seed) for later in range(1, len(rest))):
-            raise DamageError(self._path, self._end, len(rest), "an entry that was on disk does not match its checksum")
+        base = self._end
+        for found in _salvage(data, _seed(self._header)):
+            if base + found.offset > self._end:
+                bad = base + len(data) - self._end
+                raise DamageError(self._path, self._end, bad, "an entry that was on disk does not match its checksum")
+            self._apply(found.entry)
+            self._end = base + found.end
 
     def _apply(self, entry: Entry) -> None:
         self._entries += 1
@@ -337,20 +341,6 @@ class Registry:
             return list(changed.values())
 
 
-def _entry_at(data: bytes, offset: int, seed: int) -> tuple[Entry, int] | None:
-    """Return the entry at `offset` and where it ends, or None when none is whole there."""
-    if offset + _FRAME.size > len(data):
-        return None
-    length, checksum = _FRAME.unpack_from(data, offset)
-    start, end = offset + _FRAME.size, offset + _FRAME.size + length
-    if not 0 < length <= _MAX_ENTRY_BYTES or end > len(data):
-        return None
-    body = data[start:end]
-    if google_crc32c.extend(seed, body) != checksum:
-        return None
-    return _decoder.decode(body), end
-
-
 class FoundEntry(NamedTuple):
     """A whole entry, and where it lies."""
 
@@ -366,15 +356,33 @@ def salvage_entries(data: bytes, salt: int) -> Iterator[FoundEntry]:
         data: The whole file.
         salt: Of the file.
     """
-    seed = int(google_crc32c.value(salt.to_bytes(8, "little")))
-    offset = HEADER_BYTES
-    while offset + _FRAME.size < len(data):
-        found = _entry_at(data, offset, seed)
-        if found is None:
+    return _salvage(data, int(google_crc32c.value(salt.to_bytes(8, "little"))), HEADER_BYTES)
+
+
+def _salvage(data: bytes, seed: int, offset: int = 0) -> Iterator[FoundEntry]:
+    checksums = PartChecksums(lambda start, end: data[start:end], len(data))
+    view = memoryview(data)
+    while (place := _BODY_START.search(data, offset + _FRAME.size)) is not None:
+        start = place.start()
+        offset = start - _FRAME.size
+        length, checksum = _FRAME.unpack_from(data, offset)
+        end = start + length
+        entry = None
+        if 0 < length <= _MAX_ENTRY_BYTES and end <= len(data) and checksums.extend(seed, start, end) == checksum:
+            entry = _decoded(view[start:end])
+        if entry is None:
             offset += 1
         else:
-            yield FoundEntry(offset, found[1], found[0])
-            offset = found[1]
+            yield FoundEntry(offset, end, entry)
+            offset = end
+
+
+def _decoded(body: memoryview) -> Entry | None:
+    """Return the entry that a body holds; None when it holds none, though its checksum matches."""
+    try:
+        return _decoder.decode(body)
+    except (ValueError, msgspec.MsgspecError):
+        return None
 
 
 def encode_registry(store_id: int, entries: Iterable[Entry]) -> bytes:

@@ -20,7 +20,7 @@ import msgspec
 from logstore.errors import DamageError
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
-from logstore.storage.record import FRAME_HEADER, Stamp, salvage_frames
+from logstore.storage.record import FRAME_HEADER, Stamp, is_event, salvage_frames
 
 _CHUNK_EVENTS: Final = 500
 _ARRAY: Final = struct.Struct(">cI")
@@ -163,17 +163,24 @@ def scan_segment(data: bytes, seed: int) -> Iterator[Chunk]:
         data: The whole file.
         seed: Start value of the store's checksums.
     """
-    offset = HEADER_BYTES
-    while offset < len(data):
+    bodies, offsets, offset = _walk(data, seed, HEADER_BYTES)
+    while bodies:
+        yield _chunk(bodies, offsets)
         bodies, offsets, offset = _walk(data, seed, offset)
-        if bodies:
-            # One call for all of them, as elements of one array: a third of the time of a call each.
-            stamps = _decode_stamps(_ARRAY.pack(_ARRAY_32, len(bodies)) + b"".join(bodies))
-            yield Chunk(stamps, offsets, [FRAME_HEADER.size + len(body) for body in bodies])
+    # The end, or damage: one search for all that is behind it, or claims of great lengths would be read again and again.
+    salvaged = salvage_frames(data, seed, offset)
+    while found := list(islice(salvaged, _CHUNK_EVENTS)):
+        yield _chunk([frame[FRAME_HEADER.size :] for _, frame in found], [offset for offset, _ in found])
+
+
+def _chunk(bodies: list[bytes], offsets: list[int]) -> Chunk:
+    # One call for all of them, as elements of one array: a third of the time of a call each.
+    stamps = _decode_stamps(_ARRAY.pack(_ARRAY_32, len(bodies)) + b"".join(bodies))
+    return Chunk(stamps, offsets, [FRAME_HEADER.size + len(body) for body in bodies])
 
 
 def _walk(data: bytes, seed: int, offset: int) -> tuple[list[bytes], list[int], int]:
-    """Return the verified bodies of a chunk, the offsets of their frames, and where to go on."""
+    """Return the verified bodies of a chunk, the offsets of their frames, and where to go on; none at a bad place."""
     bodies: list[bytes] = []
     offsets: list[int] = []
     unpack, extend, head, last = FRAME_HEADER.unpack_from, google_crc32c.extend, FRAME_HEADER.size, len(data)
@@ -181,14 +188,12 @@ def _walk(data: bytes, seed: int, offset: int) -> tuple[list[bytes], list[int], 
     while len(bodies) < _CHUNK_EVENTS:
         start = offset + head
         if start >= last:
-            return bodies, offsets, last
+            break
         length, checksum = unpack(data, offset)
         body = data[start : start + length]
-        if 0 < length == len(body) and extend(seed, body) == checksum:
-            bodies.append(body)
-            offsets.append(offset)
-            offset = start + length
-        else:
-            found = next(salvage_frames(data, seed, offset), None)
-            offset = last if found is None else found[0]
+        if not (0 < length == len(body) and extend(seed, body) == checksum and is_event(body)):
+            break
+        bodies.append(body)
+        offsets.append(offset)
+        offset = start + length
     return bodies, offsets, offset

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, FileHeader, decode_header
+from logstore.storage.ids import MAX_ID
 from logstore.storage.record import iter_frames
 
 _SUFFIX: Final = ".segment"
+_NAME: Final = re.compile(r"(0|[1-9][0-9]{0,18})\.segment", re.ASCII)
 UNPUBLISHED: Final = ".tmp"
 """What follows the name of a segment that is not in its place yet: nobody else looks at it."""
 
@@ -29,8 +32,8 @@ def segment_path(root: Path, number: int) -> Path:
 
 def segment_numbers(disk: Disk, root: Path) -> list[int]:
     """Return the numbers of all segment files, oldest first."""
-    names = (name.removesuffix(_SUFFIX) for name in disk.list(root / "segments") if name.endswith(_SUFFIX))
-    return sorted(int(name) for name in names if name.isdigit())
+    names = (name.removesuffix(_SUFFIX) for name in disk.list(root / "segments") if _NAME.fullmatch(name))
+    return sorted(number for number in map(int, names) if number <= MAX_ID)
 
 
 class SegmentWriter:

@@ -138,5 +138,5 @@ class Sessions:
 
         # In the checkpoint's thread: it is the one that adopts lanes.
         session, floor = await checkpointer.run(take)
-        store.lane.ids.advance(floor)
+        store.lane.advance(floor)
         return session

@@ -95,6 +95,20 @@ class StrictClient:
         response = await self._http.post(self._url, json=body, headers=self._headers())
         assert response.status_code == 202
 
+    def another(self) -> StrictClient:
+        """Return a client without a session, over the same connections."""
+        return StrictClient(self._http, self._url, self._token)
+
+    def opened(self, method: str, body: bytes) -> contextlib.AbstractAsyncContextManager[httpx2.Response]:
+        """Send whatever there is to send, and give the response as long as the block lasts."""
+        headers = {"content-type": "application/json", **self._headers()}
+        return self._http.stream(method, self._url, content=body, headers=headers)
+
+    async def send(self, method: str, body: bytes) -> int:
+        """Send whatever there is to send, and return the status."""
+        async with self.opened(method, body) as response:
+            return response.status_code
+
     @contextlib.asynccontextmanager
     async def resume(self, last_event_id: str | None) -> AsyncGenerator[Stream, None]:
         """GET a stream after an event, or the standalone one, and yield it."""

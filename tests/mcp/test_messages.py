@@ -23,7 +23,7 @@ from mcp_types import (
 )
 
 from logstore.errors import InvalidMessageError
-from logstore.mcp.messages import MAX_DEPTH, Message, decode, encode, encode_substitute
+from logstore.mcp.messages import MAX_DEPTH, Message, decode, encode, encode_substitute, on_one_line
 from logstore.storage.origin import encode_origin, split_origin
 from logstore.storage.record import FLAG_FINAL, FLAG_IMPORTED, FLAG_MODEL, FLAG_PRIMING, Event
 
@@ -241,3 +241,49 @@ def test_a_response_that_cannot_be_stored_becomes_an_error_for_the_same_request(
 def test_a_notification_that_cannot_be_stored_leaves_a_priming_event() -> None:
     message = JSONRPCNotification(jsonrpc="2.0", method="m", params={"text": "\udc80"})
     assert encode_substitute(message, InvalidMessageError("$", "surrogates")) == (b"", FLAG_PRIMING)
+
+
+@pytest.mark.parametrize(
+    ("payload", "flags"),
+    [
+        (b"", FLAG_MODEL),
+        (b"\xff", 0),
+        (b'{"a": "\xff"}', 0),
+        (b"[1]", 0),
+        (b"7", FLAG_MODEL),
+        (b'"method"', FLAG_MODEL),
+        (b"[" * 100_000, FLAG_MODEL),
+        (b'{"a":' * 100_000, 0),
+        (b'{"jsonrpc":"2.0","id":1,"error":"?"}', FLAG_MODEL),
+        (b'{"jsonrpc":"2.0","id":1,"error":[1]}', FLAG_MODEL),
+        (b"{}", FLAG_IMPORTED),
+        (b"\x92\xa1a\xa1b{", FLAG_IMPORTED | FLAG_MODEL),
+    ],
+)
+def test_what_is_no_message_is_told_as_such(payload: bytes, flags: int) -> None:
+    event = Event(7, 0, 0, "s", flags, payload)
+    with pytest.raises(InvalidMessageError, match="event 7 holds"):
+        decode(event)
+    if b'"error"' not in payload:
+        with pytest.raises(InvalidMessageError, match="event 7 holds"):
+            on_one_line(event)
+
+
+@pytest.mark.parametrize("name", ["_fields_set", "cls", "self", "extra"])
+def test_members_that_the_sdk_does_not_know_are_dropped_as_its_parser_does(name: str) -> None:
+    for wire in (
+        '{"jsonrpc":"2.0","id":1,"result":{},"%s":5}',
+        '{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"","%s":5}}',
+    ):
+        text = wire % name
+        back = decode(Event(1, 0, 0, "s", FLAG_MODEL, text.encode()))
+        assert not isinstance(back, dict)
+        assert back == jsonrpc_message_adapter.validate_json(text)
+        assert back.model_dump_json(exclude_unset=True) == jsonrpc_message_adapter.validate_json(text).model_dump_json(
+            exclude_unset=True
+        )
+
+
+def test_a_message_laid_out_in_lines_is_put_on_one() -> None:
+    event = Event(1, 0, 0, "s", 0, b'{"a":\r\n [1,\n 2.5]}')
+    assert on_one_line(event) == b'{"a":[1,2.5]}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import sqlite3
@@ -353,6 +354,40 @@ def test_a_manifest_that_was_cut_off_or_altered_is_refused(path: Path, pool: Pat
     assert "whole manifest" in str(list_backups(target)[0].problem) or list_backups(target)[0].problem
     backup.write_bytes(good)
     assert list_backups(target)[0].problem is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"engine":', b'"extra": ' + b"[" * 20_000 + b', "engine":'),
+        (b'"engine": "', b'"engine": "\xff'),
+        (b"registry.log", b"registry.log\\n"),
+        (b'"begun": "', b'"begun": "Friday '),
+        (b"+00:00", b""),
+        (b'"store_id": ', b'"store_id": -'),
+        (b'"reserved_id": ', b'"reserved_id": 9'),
+    ],
+)
+def test_a_manifest_that_somebody_made_up_is_refused(path: Path, pool: Path, old: bytes, new: bytes) -> None:
+    write(path, 1)
+    backup = Path(back_up(path, pool).path)
+    _, _, rest = backup.read_bytes().partition(b'"backup":')
+    assert old in rest
+    inner = rest.strip()[:-1].replace(old, new)
+    digest = hashlib.sha256(inner).hexdigest().encode()
+    backup.write_bytes(b'{"sha256":"' + digest + b'","backup":' + inner + b"}")
+    with pytest.raises(DamageError, match="no whole manifest"):
+        read_manifest(FolderTarget(pool), backup.name)
+    assert "no whole manifest" in str(list_backups(FolderTarget(pool))[0].problem)
+
+
+def test_a_manifest_that_names_a_file_twice_is_refused(path: Path, pool: Path) -> None:
+    write(path, 1)
+    backup = Path(back_up(path, pool).path)
+    manifest = newest(pool)
+    backup.write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=manifest.files * 2)))
+    with pytest.raises(DamageError, match="twice"):
+        read_manifest(FolderTarget(pool), backup.name)
 
 
 @pytest.mark.promise("newer-format-refused")

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from click.testing import CliRunner
 
@@ -184,3 +185,32 @@ def test_the_command_prints_a_line_a_record(segment: Path) -> None:
     assert result.exit_code == 1
     assert "BAD" in result.output
     assert run.invoke(main, ["dump"]).exit_code == 2
+
+
+def test_what_is_no_event_is_damage_though_its_checksum_matches(segment: Path) -> None:
+    body = b"\x96\x01\x02\x03"
+    with segment.open("ab") as file:
+        file.write(len(body).to_bytes(4, "little") + google_crc32c.extend(SEED, body).to_bytes(4, "little") + body)
+        file.write(frame(9))
+    assert shown(segment)[-2:] == [("damage", False), ("event", True)]
+
+
+class CountingDisk(Disk):
+    """The real disk; counts what is read."""
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+
+    def read(self, fd: int, length: int, offset: int) -> bytes:
+        data = super().read(fd, length, offset)
+        self.bytes_read += len(data)
+        return data
+
+
+def test_what_claims_to_reach_far_is_not_read_again_and_again(segment: Path) -> None:
+    claim = (2 << 20).to_bytes(4, "little") + b"1234" + b"\x96"
+    with segment.open("ab") as file:
+        file.write(claim * 500 + bytes(2 << 20))
+    disk = CountingDisk()
+    assert [each.what for each in dump(segment, disk)][-1] == "damage"
+    assert disk.bytes_read < 10 * segment.stat().st_size

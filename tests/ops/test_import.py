@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from mcp_persist.sqlite import SQLiteEventStore
@@ -122,6 +123,14 @@ async def test_an_export_that_other_programs_laid_out_anew_is_the_same(tmp_path:
             other.flags,
         )
         assert json.loads(one.payload) == json.loads(other.payload)
+
+
+def test_the_first_of_some_events_without_a_head_keeps_its_bytes(tmp_path: Path) -> None:
+    payload = b'{"a":1.50,"b":"\\u00e9"}'
+    lines = ndjson(*(msgspec.structs.replace(event, payload=payload) for event in some(2))).splitlines()[1:3]
+    result = imported(tmp_path / "events.db", b"\n".join(lines))
+    assert (result.added, result.complete) == (2, True)
+    assert {event.payload for event in contents(tmp_path / "events.db")} == {payload}
 
 
 @pytest.mark.promise("work-while-open")
@@ -464,6 +473,9 @@ BAD_MEMBERS: list[tuple[dict[str, Any], str]] = [
     ({"stream_id": None}, "stream_id"),
     ({"timestamp": "soon"}, "soon"),
     ({"timestamp": 5}, "timestamp"),
+    ({"timestamp": "1969-12-31T23:59:59.999999+00:00"}, "not between the years"),
+    ({"timestamp": "0001-01-01"}, "not between the years"),
+    ({"timestamp": "9999-12-31T23:59:59-00:01"}, "not between the years"),
     ({"kind": "model"}, "no JSON-RPC"),
     ({"kind": "priming"}, "priming"),
     ({"kind": "other"}, "other"),
@@ -506,6 +518,8 @@ def test_an_event_that_is_none_is_listed_and_the_others_are_added(
         '{"event_id":[],"stream_id":"s","timestamp":"2024-01-01","message":{}}',
         '{"event_id":"1","stream_id":7,"timestamp":"2024-01-01","message":{}}',
         '{"event_id":"1","stream_id":"s","timestamp":[],"message":{}}',
+        '{"event_id":"1","stream_id":"s","timestamp":"1969-12-31T23:59:59","message":{}}',
+        '{"event_id":"1","stream_id":"s","timestamp":"9999-12-31T23:59:59-12:00","message":{}}',
         '{"event_id":"1","stream_id":"s","timestamp":1e300,"message":{}}',
         '{"event_id":"1","stream_id":"s","timestamp":NaN,"message":{}}',
         '{"event_id":"1","stream_id":"s","timestamp":true,"message":{}}',

@@ -61,6 +61,17 @@ async def test_the_lag_is_the_age_of_the_oldest_event_that_is_in_no_segment(tmp_
         assert (log.stats().checkpoint_lag_s, log.stats().journal_bytes) == (0, 0)
 
 
+async def test_figures_of_no_time_there_is_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / LANE
+    async with Log(tmp_path / "events.db"), deadline():
+        await eventually(lambda: read_figures(Disk(), folder), "published")
+        figures = json.loads((folder / "figures.json").read_bytes())
+    for name in ("opened_us", "published_us", "since_us"):
+        for time_us in (-1, 1 << 62):
+            (folder / "figures.json").write_text(json.dumps({**figures, name: time_us}))
+            assert read_figures(Disk(), folder) is None
+
+
 async def test_open_lanes_are_those_that_a_process_holds(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     async with Log(path) as one:
@@ -84,7 +95,10 @@ async def test_figures_are_published_at_once_and_taken_back_at_the_end(tmp_path:
     assert read_figures(Disk(), folder) is None
 
 
-@pytest.mark.parametrize("left", [b"", b"{", b'{"pid": 1}', b"\0" * 500, b'"\xff"'])
+DEEP = b'{"extra": ' + b"[" * 20_000
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b'{"pid": 1}', b"\0" * 500, b'"\xff"', b'{"version": "\xff"}', DEEP])
 async def test_figures_that_a_crash_has_spoilt_are_none(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "figures.json").write_bytes(left)
     assert read_figures(Disk(), tmp_path) is None

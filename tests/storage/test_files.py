@@ -32,6 +32,25 @@ def run(code: str, *arguments: object, stdin: str = "") -> str:
 # Files and folders.
 
 
+def test_no_room_is_made_for_more_than_there_is(tmp_path: Path) -> None:
+    # As bytes this would be 4 GiB, which is more than the process may have.
+    code = """
+import resource, sys
+from pathlib import Path
+from logstore.storage.files import Disk
+pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+if pages:
+    bound = pages * resource.getpagesize() + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+disk = Disk()
+fd = disk.open(Path(sys.argv[1]))
+print(disk.read(fd, 0xFFFFFFFF, 2), disk.read(fd, 0xFFFFFFFF, 9))
+disk.close(fd)
+"""
+    (tmp_path / "file").write_bytes(b"12345")
+    assert run(code, tmp_path / "file") == "b'345' b''\n"
+
+
 def test_files_and_folders_are_private(tmp_path: Path) -> None:
     disk = Disk()
     folder = tmp_path / "a" / "b"

@@ -7,10 +7,12 @@ changes bytes that were synced: it is reported, and everything around it is serv
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import google_crc32c
 import pytest
 
 from logstore.errors import DamageError, FormatVersionError
@@ -18,6 +20,7 @@ from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, FileHeader, frame_seed
 from logstore.storage.journal import (
     BATCH_HEADER_BYTES,
+    MAX_FILE_BYTES,
     PAGE_BYTES,
     JournalReader,
     JournalScan,
@@ -575,6 +578,48 @@ def test_a_reader_stops_before_a_batch_that_reaches_beyond_its_limit() -> None:
             reader = JournalReader(HEADER, journal.data)
             assert len(list(reader.batches(journal.data, limit=limit))) == place
         assert len(list(reader.batches(journal.data))) == len(journal.batches) - place
+
+
+# Bytes with checksums that match, and that no writer wrote.
+
+
+def forged(*batches: tuple[int, int, bytes]) -> bytes:
+    """Return a journal of batches: up to where the file is said to be on disk, how many events, and the body."""
+    data = bytearray(HEADER.encode().ljust(PAGE_BYTES, b"\0"))
+    chain = int.from_bytes(HEADER.encode()[-4:], "little")
+    for number, (durable, count, body) in enumerate(batches):
+        checksum = google_crc32c.value(body)
+        head = struct.pack("<QIIIIQI", HEADER.salt, number, count, len(body), chain, durable, checksum)
+        chain = google_crc32c.value(head)
+        data += head + struct.pack("<I", chain) + body
+    return bytes(data)
+
+
+def test_bytes_that_are_no_event_are_damage_though_the_batch_is_whole() -> None:
+    first, second, third = frames_of(random.Random(22), 3, 1)
+    body = b"\x93\x01\x02\x03"
+    no_event = struct.pack("<II", len(body), google_crc32c.extend(SEED, body)) + body
+    scan = scan_journal(forged((0, 3, first + no_event + second), (0, 1, third)), PATH)
+    assert scan.frames == [first, second, third]
+    assert [(each.offset, each.lost_events) for each in scan.damage] == [(PAGE_BYTES, 1)]
+    assert scan.torn_bytes == 0
+
+
+def test_a_place_that_no_journal_reaches_is_not_believed() -> None:
+    frames = frames_of(random.Random(23), 2, 1)
+    data = bytearray(forged((0, 1, frames[0]), ((1 << 64) - 1, 1, frames[1])))
+    data[-1] ^= 1
+    scan = scan_journal(bytes(data), PATH)
+    assert scan.frames == frames[:1]
+    # SQLite takes no more than 63 bits.
+    assert [each.offset + each.length for each in scan.damage] == [MAX_FILE_BYTES]
+
+
+@pytest.mark.parametrize("end", [0, 1, HEADER_BYTES, PAGE_BYTES])
+def test_a_journal_that_is_said_to_end_before_its_first_batch_is_empty(end: int) -> None:
+    data = forged((0, 1, frames_of(random.Random(24), 1, 1)[0]))
+    scan = scan_journal(data, PATH, end, end)
+    assert (scan.frames, scan.damage, scan.torn_bytes) == ([], [], 0)
 
 
 # Writing on a disk that fails.

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
-from logstore.errors import StoreLockedError
+from logstore.errors import DamageError, StoreLockedError
 from logstore.storage import ids
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header, frame_seed
+from logstore.storage.ids import MAX_ID
 from logstore.storage.journal import PAGE_BYTES, scan_journal
 from logstore.storage.lane import (
     NOWHERE,
@@ -22,6 +24,7 @@ from logstore.storage.lane import (
     Marks,
     Place,
     Reservation,
+    bad_slots,
     boot_id,
     journal_ordinals,
     journal_path,
@@ -232,6 +235,43 @@ def test_a_reservation_with_every_slot_torn_is_none(tmp_path: Path, acquired: Ac
     tear_state(lane.folder, PAGE_BYTES)
     assert read_reservation(Disk(), lane.folder) == Reservation(0, 0)
     assert read_reservation(Disk(), tmp_path) == Reservation(0, 0)
+
+
+@pytest.mark.parametrize("fields", [(1 << 63, 1, 1), (9, 1 << 63, 1), (9, 1, 1 << 32)])
+def test_a_reservation_of_what_can_be_no_id_is_none(acquired: Acquirer, fields: tuple[int, int, int]) -> None:
+    lane = acquired()
+    begin(lane)
+    lane.reserve(lane.reserved_id)
+    before = read_reservation(Disk(), lane.folder)
+    data = bytearray((lane.folder / "state").read_bytes().ljust(PAGE_BYTES + 28, b"\0"))
+    older = min((0, PAGE_BYTES), key=lambda offset: int.from_bytes(data[offset : offset + 8], "little"))
+    slot = struct.pack("<QQQ", *fields)
+    data[older : older + 28] = slot + struct.pack("<I", google_crc32c.value(slot))
+    (lane.folder / "state").write_bytes(data)
+    assert read_reservation(Disk(), lane.folder) == before
+    assert bad_slots(bytes(data)) == [older]
+
+
+def test_a_lane_without_ids_or_ordinals_above_what_was_given_out_is_refused(acquired: Acquirer) -> None:
+    lane = acquired()
+    with pytest.raises(DamageError, match="none above"):
+        lane.begin(MAX_ID, NOW_US)
+    journal_path(lane.folder, (1 << 32) - 1).write_bytes(b"")
+    lane.end()
+    with pytest.raises(DamageError, match="none of ours"):
+        acquired().begin(0, NOW_US)
+
+
+@pytest.mark.parametrize("name", ["5", "00000000005", "\u00b2", "\u0663" * 10])
+def test_files_that_others_put_there_are_no_journals(acquired: Acquirer, name: str) -> None:
+    lane = acquired()
+    begin(lane)
+    write(lane)
+    (lane.folder / f"{name}.journal").write_bytes(b"")
+    assert journal_ordinals(Disk(), lane.folder) == [1]
+    for other in ("\u00b2", "12345", "9999", "7"):
+        (lane.folder.parent / other).mkdir()
+    assert [number for number, _ in lane_folders(Disk(), lane.folder.parent.parent)] == [0]
 
 
 def test_a_settled_lane_begins_at_the_clock_and_the_next_ordinal(acquired: Acquirer) -> None:

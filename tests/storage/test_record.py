@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import struct
 
+import google_crc32c
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from logstore.storage.ids import MAX_ID
 from logstore.storage.record import (
     FRAME_HEADER,
     MAX_BODY_BYTES,
+    MAX_TIME_US,
     Event,
     decode_events,
     decode_frame,
@@ -29,8 +32,9 @@ SEED = frame_seed(11)
 
 ids = st.integers(0, MAX_ID)
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+times = st.integers(0, MAX_TIME_US)
 events = st.builds(
-    Event, id=ids, prev=ids, time_us=ids, stream=names, flags=st.integers(0, 7), payload=st.binary(max_size=200)
+    Event, id=ids, prev=ids, time_us=times, stream=names, flags=st.integers(0, 7), payload=st.binary(max_size=200)
 )
 
 
@@ -84,6 +88,40 @@ def test_the_largest_event_is_stored_and_a_larger_one_refused(monkeypatch: pytes
 @pytest.mark.parametrize("length", [0, MAX_BODY_BYTES + 1, 0xFFFFFFFF])
 def test_a_length_out_of_bounds_is_not_believed(length: int) -> None:
     assert frame_at(struct.pack("<II", length, 0) + bytes(100), 0, SEED) is None
+
+
+FIELDS = [7, 6, 1_790_000_000_000_000, "stream", 0, b"payload"]
+
+
+def forged(body: bytes) -> bytes:
+    return FRAME_HEADER.pack(len(body), google_crc32c.extend(SEED, body)) + body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        msgspec.msgpack.encode(FIELDS)[:-1],
+        msgspec.msgpack.encode(FIELDS) + b"\0",
+        msgspec.msgpack.encode(FIELDS[:5]),
+        msgspec.msgpack.encode([*FIELDS, 1]),
+        msgspec.msgpack.encode([MAX_ID + 1, *FIELDS[1:]]),
+        msgspec.msgpack.encode([-1, *FIELDS[1:]]),
+        msgspec.msgpack.encode([7, MAX_ID + 1, *FIELDS[2:]]),
+        msgspec.msgpack.encode([7, 6, MAX_TIME_US + 1, *FIELDS[3:]]),
+        msgspec.msgpack.encode([7, 6, -1, *FIELDS[3:]]),
+        msgspec.msgpack.encode([*FIELDS[:4], 1 << 31, b""]),
+        msgspec.msgpack.encode([*FIELDS[:5], "text"]),
+        b"\x96\x07\x06\x05\xa1\xff\0\xc4\0",
+        b"\x96" + b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdc\0\x06" + msgspec.msgpack.encode(FIELDS)[1:],
+    ],
+)
+def test_what_is_no_event_is_no_frame_though_its_checksum_matches(body: bytes) -> None:
+    data = forged(body)
+    assert frame_at(data, 0, SEED) is None
+    good = encode_frame(event(8), SEED)
+    assert list(salvage_frames(data + good, SEED)) == [(len(data), good)]
 
 
 def test_zeros_are_no_frame() -> None:

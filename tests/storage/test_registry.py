@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
+import msgspec
 import pytest
 
 from logstore.errors import DamageError, FormatVersionError
 from logstore.storage import registry as registry_module
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES
-from logstore.storage.registry import Registry, Session, SessionChange
+from logstore.storage.registry import Registry, Session, SessionChange, salvage_entries
 from tests.storage.disks import Fault, FaultyDisk, open_descriptors
 
 STORE_ID = 99
@@ -38,6 +40,12 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
     yield opener
     for registry in registries:
         registry.close()
+
+
+def forged(body: bytes, path: Path) -> bytes:
+    """Return an entry of a registry file, whatever its body is."""
+    seed = google_crc32c.value(path.read_bytes()[24:32])
+    return len(body).to_bytes(4, "little") + google_crc32c.extend(seed, body).to_bytes(4, "little") + body
 
 
 def log_of(folder: Path) -> Path:
@@ -462,3 +470,28 @@ def test_a_session_is_ended_for_its_age_only_when_nobody_has_used_it_since(opene
     assert registry.find("key") is not None
     registry.end_session("key", 2, NOW_US + 3, unchanged_since_us=NOW_US + 2)
     assert registry.find("key") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x96\x01",
+        msgspec.msgpack.encode([1, "key", 7, NOW_US, "no bytes", ""]),
+        msgspec.msgpack.encode([1, "key", 1 << 63, NOW_US, b"", ""]),
+        msgspec.msgpack.encode([1, "key", -1, NOW_US, b"", ""]),
+        msgspec.msgpack.encode([1, "key", 7, 1 << 62, b"", ""]),
+        b"\x96\x01\xa1\xff\x07\x01\xc4\0\xa0",
+    ],
+)
+def test_what_is_no_entry_is_damage_though_its_checksum_matches(opened: Opener, tmp_path: Path, body: bytes) -> None:
+    registry = opened()
+    path = log_of(tmp_path)
+    with path.open("ab") as file:
+        file.write(forged(body, path))
+    assert registry.find("key") is None
+    with path.open("ab") as file:
+        file.write(forged(msgspec.msgpack.encode([1, "other", 7, NOW_US, b"", ""]), path))
+    with pytest.raises(DamageError, match="does not match"):
+        registry.find("other")
+    found = list(salvage_entries(path.read_bytes(), int.from_bytes(path.read_bytes()[24:32], "little")))
+    assert [each.entry.key for each in found] == ["other"]

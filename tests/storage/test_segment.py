@@ -80,7 +80,8 @@ def test_a_bad_header_is_damage_and_a_newer_one_refused(root: Path) -> None:
 
 def test_segments_are_listed_by_number_and_nothing_else_is(root: Path) -> None:
     assert segment_numbers(Disk(), root / "nowhere") == []
-    for name in ("9.segment", "100.segment", "20.segment", "x.segment", "7.segment.tmp", "8", ".segment"):
+    others = ("x.segment", "7.segment.tmp", "8", ".segment", "\u00b2.segment", "007.segment", f"{1 << 63}.segment")
+    for name in ("9.segment", "100.segment", "20.segment", *others):
         (root / "segments" / name).touch()
     assert segment_numbers(Disk(), root) == [9, 20, 100]
 

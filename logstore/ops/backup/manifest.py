@@ -7,6 +7,7 @@ altered is refused whole; there is no half of a backup.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -15,19 +16,19 @@ import msgspec
 
 from logstore.errors import DamageError, FormatVersionError
 from logstore.ops.backup.pool import MANIFEST_SUFFIX, Target, object_key
-from logstore.storage.ids import LANE_COUNT
+from logstore.storage.ids import LANE_COUNT, MAX_ID
 
 BACKUP_VERSION: Final = 1
 _NAME: Final = "%Y%m%dT%H%M%S.%fZ"
 
 Kind = Literal["segment", "journal", "registry", "dropped"]
 # A manifest may come from anywhere: nothing in it names a place outside of the store, or of the objects.
-_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _Place = Annotated[
     str,
-    msgspec.Meta(pattern=r"^(segments/[0-9]{1,19}\.segment|lanes/[0-9]{4}/[0-9]{10}\.journal|registry\.log|dropped)$"),
+    msgspec.Meta(pattern=r"^(segments/[0-9]{1,19}\.segment|lanes/[0-9]{4}/[0-9]{10}\.journal|registry\.log|dropped)\Z"),
 ]
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     path: _Place
     bytes: _Count
     sha256: _Digest
-    events: int | None = None
+    events: _Count | None = None
     damaged: bool = False
     reason: str = ""
 
@@ -83,14 +84,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     version: int
-    store_id: int
+    store_id: _Count
     engine: str
     begun: str
     finished: str
     files: list[StoredFile]
     lanes: list[LaneMark]
-    events: int
-    bytes: int
+    events: _Count
+    bytes: _Count
 
     @property
     def damaged(self) -> list[StoredFile]:
@@ -147,9 +148,25 @@ def read_manifest(target: Target, key: str) -> Manifest:
             raise FormatVersionError(
                 f"{place} has backup version {version}, this release reads up to {BACKUP_VERSION}: upgrade mcp-logstore"
             )
-        return msgspec.json.decode(backup, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        manifest = msgspec.json.decode(backup, type=Manifest)
+        _check(manifest)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise DamageError(place, 0, len(data), f"this is no whole manifest ({error}); take another backup") from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse what the types cannot.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    if datetime.fromisoformat(manifest.begun).tzinfo is None:
+        raise ValueError("the time at which it was begun has no zone")
+    names = Counter([*(file.path for file in manifest.files), *(f"lane {mark.lane}" for mark in manifest.lanes)])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"it names {twice[0]} twice")
 
 
 def missing_objects(target: Target, manifest: Manifest) -> list[str]:

@@ -28,6 +28,7 @@ from logstore.storage.record import (
     FLAG_MODEL,
     FLAG_PRIMING,
     FLAG_REQUEST,
+    MAX_TIME_US,
     Event,
     check_stream_name,
 )
@@ -84,6 +85,18 @@ def time_us_of(moment: datetime) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return (moment - _EPOCH) // _MICROSECOND
+
+
+def event_time_us(text: str) -> int:
+    """Return the time of an event that is given in ISO form.
+
+    Raises:
+        ValueError: It is no time, or none that an event can have.
+    """
+    time_us = time_us_of(datetime.fromisoformat(text))
+    if not 0 <= time_us <= MAX_TIME_US:
+        raise ValueError(f"the time {text} is not between the years 1970 and 9999")
+    return time_us
 
 
 def write_event(event: Event) -> bytes:
@@ -143,7 +156,7 @@ def read_event(data: bytes) -> Event:
         raise ValueError(f"prev is {prev}, which does not come before the event itself")
     check_stream_name(exported.stream_id)
     payload, flags = _payload_of(exported)
-    time_us = time_us_of(datetime.fromisoformat(exported.timestamp))
+    time_us = event_time_us(exported.timestamp)
     return Event(event_id, prev, time_us, exported.stream_id, flags, payload)
 
 
@@ -189,6 +202,9 @@ def message_of(payload: bytes) -> dict[str, Any]:
         message = _parse(payload)
     except RecursionError:
         raise ValueError(f"the message is nested deeper than {MAX_DEPTH} levels") from None
+    except msgspec.MsgspecError as error:
+        # A ValueError only in later releases of msgspec.
+        raise ValueError(str(error)) from error
     if type(message) is not dict:
         raise ValueError(f"the message is a JSON {type(message).__name__}, not an object")
     if _is_deep(message):

@@ -19,14 +19,13 @@ import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from logstore.errors import DamageError, NotAStoreError
-from logstore.ops.transfer.event_json import is_json_rpc, message_of, time_us_of
+from logstore.ops.transfer.event_json import event_time_us, is_json_rpc, message_of
 from logstore.storage.database import connect
 from logstore.storage.record import FLAG_MODEL, FLAG_PRIMING, MAX_BODY_BYTES, check_stream_name
 from logstore.storage.schema import APPLICATION_ID
@@ -169,7 +168,7 @@ def _time_us(members: dict[str, Any]) -> int:
         if moment is None:
             continue
         if isinstance(moment, str):
-            return time_us_of(datetime.fromisoformat(moment))
+            return event_time_us(moment)
         if type(moment) in (int, float) and 0 <= moment <= _LATEST_S:
             return round(float(moment) * 1_000_000)
         raise ValueError(f"{name} is no time: {str(moment)[:40]}")

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
+import msgspec
+
 from logstore.errors import FormatVersionError
 from logstore.ops.transfer.event_json import EXPORT_FORMAT, EXPORT_VERSION, read_event
 from logstore.ops.transfer.foreign_databases import ORIGINAL, SQLITE_MAGIC, ForeignEvent, foreign_event, foreign_rows
@@ -128,7 +130,7 @@ def _json_event(value: JsonValue, place: str, *, ours: bool) -> Found | LeftOut:
 def _taken(place: str, read: Callable[[], Event | ForeignEvent]) -> Found | LeftOut:
     try:
         return Found(place, read())
-    except (ValueError, OverflowError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         # Printable: what the source quotes may hold half surrogates.
         reason = str(error).encode(errors="backslashreplace").decode()
         return LeftOut(place, reason[:_LONGEST_REASON])

@@ -214,7 +214,7 @@ class BatchWriter:
             return
         lane = self._store.lane
         # What this lane draws from here on is above all of them, and no later opening goes below.
-        lane.ids.advance(max(each.event.id for each in written))
+        lane.advance(max(each.event.id for each in written))
         if lane.ids.last >= lane.reserved_id:
             lane.reserve(lane.ids.last)
         origins = [(*each.origin, each.event.id) for each in written if each.origin is not None]

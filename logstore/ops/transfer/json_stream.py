@@ -21,6 +21,9 @@ MAX_VALUE_CHARACTERS: Final = 2 * MAX_BODY_BYTES
 _READ_BYTES: Final = 256 << 10
 _NEAR_END: Final = 16
 """An error so close to the end of what was read may be for want of the rest."""
+_BEHIND_NUMBER: Final = len("e+")
+"""So much of what was read may belong to the number before it, once the rest is there."""
+_BYTE_ORDER_MARK: Final = "\ufeff"
 _SPACE: Final = " \t\r\n"
 _MOST_DIGITS: Final = 4_000
 """Python refuses to make an integer of more than some 4,300."""
@@ -70,6 +73,7 @@ class JsonStream:
         self._at = 0
         self._line = 1
         self._ended = False
+        self._members_size = 0
         self.members: dict[str, Any] = {}
 
     def events(self) -> Iterator[JsonValue]:
@@ -78,8 +82,8 @@ class JsonStream:
         Raises:
             BrokenJsonError: What comes next is no JSON, or the text ends too early.
         """
-        self._fill()
-        self._buffer = self._buffer.removeprefix("\ufeff")
+        self._fill(len(_BYTE_ORDER_MARK.encode()))
+        self._buffer = self._buffer.removeprefix(_BYTE_ORDER_MARK)
         first = self._peek()
         if first == "[":
             yield from self._list()
@@ -107,27 +111,37 @@ class JsonStream:
         """Yield the events in an object; return whether it had any place for them."""
         line = self._line
         found = False
+        texts: list[str] = []
         self._skip("{")
         if self._peek() == "}":
             self._skip("}")
             return found
         while True:
-            key = self._value().value
-            if not isinstance(key, str):
+            name = self._value()
+            if not isinstance(name.value, str):
                 raise self._broken("a member of an object must begin with its name")
             self._one_of(":")
-            if key == "events" and self._peek() == "[":
+            if name.value == "events" and self._peek() == "[":
                 found = True
                 yield from self._list()
             else:
-                self.members[key] = self._value().value
+                texts.append(self._member(name))
             if self._one_of(",", "}") == "}":
                 break
         if not found and "format" not in self.members:
-            # The first of several objects.
+            # The first of several objects, as it stands there: the bytes of its message are those that were stored.
             members, self.members = self.members, {}
-            yield JsonValue(line, json.dumps(members), members)
+            yield JsonValue(line, f"{{{','.join(texts)}}}", members)
         return found
+
+    def _member(self, name: JsonValue) -> str:
+        """Read a member of the outermost object, and return it as it stands there."""
+        value = self._value()
+        self.members[name.value] = value.value
+        self._members_size += len(name.text) + len(value.text)
+        if self._members_size > MAX_VALUE_CHARACTERS:
+            raise self._broken(f"an object has members of more than {MAX_VALUE_CHARACTERS:,} characters beside events")
+        return f"{name.text}:{value.text}"
 
     def _lines(self) -> Iterator[JsonValue]:
         """Yield one object after another, up to the one that tells how many there were."""
@@ -144,7 +158,7 @@ class JsonStream:
         while True:
             try:
                 value, end = self._scan(self._buffer, self._at)
-                if end < len(self._buffer) or self._ended:
+                if end + _BEHIND_NUMBER < len(self._buffer) or self._ended:
                     break
             except RecursionError:
                 raise self._broken("a value is nested too deeply") from None
@@ -156,7 +170,7 @@ class JsonStream:
             if read > MAX_VALUE_CHARACTERS:
                 raise self._broken(f"an event is longer than {MAX_VALUE_CHARACTERS:,} characters")
             # Twice as much each time: what was read is scanned again, and must not be again and again.
-            self._fill(min(read, MAX_VALUE_CHARACTERS - read))
+            self._fill(max(1, min(read, MAX_VALUE_CHARACTERS - read)))
         found = JsonValue(self._line, self._buffer[self._at : end], value)
         self._advance(end)
         return found
@@ -188,9 +202,14 @@ class JsonStream:
         self._line += self._buffer.count("\n", self._at, at)
         self._at = at
 
-    def _fill(self, least: int = 0) -> None:
-        """Read some more, and forget what is done with."""
-        data = self._stream.read(max(least, _READ_BYTES))
+    def _fill(self, least: int = 1) -> None:
+        """Read some more bytes, `least` if there are so many, and forget what is done with."""
+        pieces = [self._stream.read(max(least, _READ_BYTES))]
+        missing = least - len(pieces[0])
+        while pieces[-1] and missing > 0:
+            pieces.append(self._stream.read(missing))
+            missing -= len(pieces[-1])
+        data = b"".join(pieces)
         self._ended = not data
         self._buffer = self._buffer[self._at :] + self._decode(data, final=self._ended)
         self._at = 0

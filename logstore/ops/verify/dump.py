@@ -14,6 +14,7 @@ import google_crc32c
 import msgspec
 
 from logstore.errors import DamageError
+from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk
 from logstore.storage.header import (
     HEADER_BYTES,
@@ -24,7 +25,7 @@ from logstore.storage.header import (
     decode_header,
 )
 from logstore.storage.journal import BATCH_HEADER_BYTES, PAGE_BYTES, BatchHeader, batch_header_at, next_page
-from logstore.storage.record import FRAME_HEADER, MAX_BODY_BYTES, decode_stamp, frame_at
+from logstore.storage.record import FRAME_HEADER, MAX_BODY_BYTES, decode_stamp, is_event
 from logstore.storage.registry import ENDED, OPENED, OWNED, RELEASED, salvage_entries
 
 _WINDOW_BYTES: Final = 1 << 20
@@ -105,22 +106,32 @@ class _Window:
 
     def get(self, offset: int, length: int) -> bytes:
         """Return bytes of the file, fewer at its end."""
+        if offset < self._base or offset + length > self._base + len(self._data):
+            self._move(offset, length)
         start = offset - self._base
-        if start < 0 or start + length > len(self._data):
-            self._data = self._disk.read(self._fd, max(length, _WINDOW_BYTES), offset)
-            self._base, start = offset, 0
         return self._data[start : start + length]
+
+    def _move(self, offset: int, length: int) -> None:
+        self._data = self._disk.read(self._fd, max(length, _WINDOW_BYTES), offset)
+        self._base = offset
+
+    def part(self, start: int, end: int) -> bytes:
+        """Return the bytes from a place up to another one, and leave the window where it is."""
+        if self._base <= start and end <= self._base + len(self._data):
+            return self._data[start - self._base : end - self._base]
+        return self._disk.read(self._fd, end - start, start)
 
     def find(self, needle: bytes, offset: int, end: int) -> int:
         """Return where the next `needle` begins, `end` when there is none before it."""
         while offset + len(needle) <= end:
-            piece = self.get(offset, min(_WINDOW_BYTES // 2, end - offset))
-            place = piece.find(needle)
+            if offset < self._base or offset + len(needle) > self._base + len(self._data):
+                self._move(offset, len(needle))
+            place = self._data.find(needle, offset - self._base, end - self._base)
             if place >= 0:
-                return offset + place
-            if not piece:
+                return self._base + place
+            if not self._data:
                 break
-            offset += max(1, len(piece) - len(needle) + 1)
+            offset = max(offset + 1, self._base + len(self._data) - len(needle) + 1)
         return end
 
     def is_zero(self, offset: int, end: int) -> bool:
@@ -171,10 +182,11 @@ def _header(window: _Window, path: Path) -> tuple[FileHeader, Record]:
 
 def _events(window: _Window, offset: int, end: int, seed: int) -> Iterator[Record]:
     """Yield the events between two places, and what lies between them."""
+    frames = _Frames(window, offset, end, seed)
     while offset < end:
-        frame = _frame(window, offset, end, seed)
+        frame = frames.at(offset)
         if frame is None:
-            following = _next_frame(window, offset + 1, end, seed)
+            following = frames.find(offset + 1)
             yield Record(what="damage", offset=offset, size=following - offset, ok=False, detail="no whole event")
             offset = following
             continue
@@ -193,23 +205,39 @@ def _events(window: _Window, offset: int, end: int, seed: int) -> Iterator[Recor
         offset += len(frame)
 
 
-def _frame(window: _Window, offset: int, end: int, seed: int) -> bytes | None:
-    head = window.get(offset, FRAME_HEADER.size)
-    if offset + FRAME_HEADER.size > end or len(head) < FRAME_HEADER.size:
-        return None
-    length = FRAME_HEADER.size + FRAME_HEADER.unpack(head)[0]
-    if length > FRAME_HEADER.size + MAX_BODY_BYTES or offset + length > end:
-        return None
-    return frame_at(window.get(offset, length), 0, seed)
+class _Frames:
+    """The frames between two places of a file; what only claims to be one is not read to where it says it ends."""
 
+    def __init__(self, window: _Window, start: int, end: int, seed: int) -> None:
+        self._window = window
+        self._start = start
+        self._end = end
+        self._seed = seed
+        self._checksums = PartChecksums(lambda first, last: window.part(start + first, start + last), end - start)
 
-def _next_frame(window: _Window, offset: int, end: int, seed: int) -> int:
-    while (place := window.find(_BODY_START, offset + FRAME_HEADER.size, end)) < end:
-        offset = place - FRAME_HEADER.size
-        if _frame(window, offset, end, seed) is not None:
-            return offset
-        offset += 1
-    return end
+    def at(self, offset: int) -> bytes | None:
+        """Return the frame at a place, None when there is none."""
+        body = offset + FRAME_HEADER.size
+        head = self._window.get(offset, FRAME_HEADER.size)
+        if body > self._end or len(head) < FRAME_HEADER.size:
+            return None
+        length, checksum = FRAME_HEADER.unpack(head)
+        end = body + length
+        if not 0 < length <= MAX_BODY_BYTES or end > self._end:
+            return None
+        if self._checksums.extend(self._seed, body - self._start, end - self._start) != checksum:
+            return None
+        frame = self._window.get(offset, end - offset)
+        return frame if is_event(memoryview(frame)[FRAME_HEADER.size :]) else None
+
+    def find(self, offset: int) -> int:
+        """Return where the next frame begins, the end when there is none."""
+        while (place := self._window.find(_BODY_START, offset + FRAME_HEADER.size, self._end)) < self._end:
+            offset = place - FRAME_HEADER.size
+            if self.at(offset) is not None:
+                return offset
+            offset += 1
+        return self._end
 
 
 def _entries(window: _Window, header: FileHeader) -> Iterator[Record]:

@@ -9,7 +9,7 @@ import google_crc32c
 import msgspec
 
 from logstore.storage.header import HEADER_BYTES
-from logstore.storage.record import FRAME_HEADER, Stamp, salvage_frames
+from logstore.storage.record import FRAME_HEADER, Stamp, decode_stamp, is_event, salvage_frames
 
 _decode: Final = msgspec.msgpack.Decoder(Stamp).decode
 
@@ -41,12 +41,8 @@ class Frames:
         while (start := offset + head) < size:
             length, checksum = unpack(data, offset)
             body = data[start : start + length]
-            if not 0 < length == len(body) or extend(seed, body) != checksum:
-                following = next(salvage_frames(data, seed, offset), None)
-                stop = size if following is None else following[0]
-                self.gaps.append((offset, stop - offset))
-                offset, stream = stop, ""
-                continue
+            if not 0 < length == len(body) or extend(seed, body) != checksum or not is_event(body):
+                break
             stamp = _decode(body)
             if stamp.stream != stream or stamp.id <= last:
                 self._starts.append(len(self.stamps))
@@ -56,7 +52,24 @@ class Frames:
             self.runs.append(len(self._starts))
             offset, stream, last = start + length, stamp.stream, stamp.id
         if offset < size:
-            self.gaps.append((offset, size - offset))
+            self._read_damaged(data, seed, offset)
+
+    def _read_damaged(self, data: bytes, seed: int, bad: int) -> None:
+        """Read on from a bad place."""
+        stream, last = "", 0
+        for offset, frame in salvage_frames(data, seed, bad):
+            if offset > bad:
+                self.gaps.append((bad, offset - bad))
+            stamp = decode_stamp(frame)
+            if offset > bad or stamp.stream != stream or stamp.id <= last:
+                self._starts.append(len(self.stamps))
+            self.stamps.append(stamp)
+            self.offsets.append(offset)
+            self.lengths.append(len(frame))
+            self.runs.append(len(self._starts))
+            bad, stream, last = offset + len(frame), stamp.stream, stamp.id
+        if bad < len(data):
+            self.gaps.append((bad, len(data) - bad))
 
     def __len__(self) -> int:
         """Return the number of whole frames."""

@@ -6,8 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import google_crc32c
-
 from logstore.errors import DamageError, FormatVersionError
 from logstore.ops.verify.ledger import JournalEvent
 from logstore.ops.verify.report import Finding, found
@@ -25,8 +23,10 @@ from logstore.storage.journal import (
 from logstore.storage.lane import (
     END_OF_FILE,
     NOWHERE,
+    STATE_SLOT_BYTES,
     Marks,
     Place,
+    bad_slots,
     is_held,
     journal_ordinals,
     journal_path,
@@ -35,8 +35,6 @@ from logstore.storage.lane import (
 from logstore.storage.record import FRAME_HEADER, decode_stamp, iter_frames
 
 _MARKS_USED: Final = 40
-STATE_SLOT_BYTES: Final = 28
-_STATE_FIELDS: Final = 24
 _STATE, _MARKS = -1, -2
 """Stand for ordinals where sizes are noted."""
 
@@ -264,7 +262,9 @@ class LaneLook:
         bad = self._bad_slots(path)
         if bad and self._bad_slots(path) == bad:
             for offset in bad:
-                self._findings.append(found("lane", path, "a reservation does not match its checksum", offset, 28))
+                self._findings.append(
+                    found("lane", path, "a reservation does not match its checksum", offset, STATE_SLOT_BYTES)
+                )
         elif has_journals and read_reservation(self._disk, self._folder).event_id == 0:
             self._findings.append(found("lane", path, "the reservation of ids is gone"))
 
@@ -293,14 +293,3 @@ class LaneLook:
             self._findings.append(found("lane", path, "the incarnation is not one of this lane", 32, 8))
         if reserved and durable.ordinal >= reserved:
             self._findings.append(found("lane", path, f"the mark names journal {durable.ordinal}, never begun", 8, 8))
-
-
-def bad_slots(state: bytes) -> list[int]:
-    """Return the offsets of the slots of a lane's `state` that hold something, and not a whole reservation."""
-    bad: list[int] = []
-    for offset in (0, PAGE_BYTES):
-        slot = state[offset : offset + STATE_SLOT_BYTES]
-        checksum = int.from_bytes(slot[_STATE_FIELDS:], "little")
-        if slot.strip(b"\0") and google_crc32c.value(slot[:_STATE_FIELDS]) != checksum:
-            bad.append(offset)
-    return bad

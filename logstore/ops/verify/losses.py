@@ -6,11 +6,12 @@ catalogue. What recovery found in journals is in the catalogue's table `damage`;
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -19,14 +20,16 @@ from logstore.storage.files import Disk
 from logstore.storage.ids import lane_of, time_ms_of
 
 _SUFFIX: Final = ".lost.json"
+_LANE_FILE: Final = re.compile(r"lanes/([0-9]{4})(/|$)", re.ASCII)
+_EventId = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}\Z")]
 
 
 class LostRun(msgspec.Struct, frozen=True):
     """Events of one stream that are gone: all of the store's between two ids, both included."""
 
     stream: str
-    first_id: str
-    last_id: str
+    first_id: _EventId
+    last_id: _EventId
     events: int
 
 
@@ -77,7 +80,7 @@ def recorded_losses(disk: Disk, root: Path) -> list[Losses]:
         if name.endswith(_SUFFIX):
             try:
                 found.append(msgspec.json.decode((folder / name).read_bytes(), type=Losses))
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except (ValueError, RecursionError, msgspec.MsgspecError):
                 continue
     return found
 
@@ -124,14 +127,14 @@ class Known:
                 )
 
     def _note_lane(self, file: str, lost: int | None, found_at: str) -> None:
-        parts = file.split("/")
-        if parts[0] != "lanes" or len(parts) < 2 or not parts[1].isdigit() or lost == 0:
+        named = _LANE_FILE.match(file)
+        if named is None or lost == 0:
             return
         try:
             at = datetime.strptime(found_at, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
         except ValueError:
             return
-        lane = int(parts[1])
+        lane = int(named[1])
         self._lanes[lane] = max(self._lanes.get(lane, 0), int(at.timestamp() * 1000) + 1000)
 
     def explains(self, event_id: int, stream: str) -> bool:

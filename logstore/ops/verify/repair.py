@@ -22,7 +22,6 @@ from logstore.ops.backup.pool import FolderTarget, default_backups, wait_for_loc
 from logstore.ops.progress import Progress, silent
 from logstore.ops.verify.backups import check_backups
 from logstore.ops.verify.index import Index
-from logstore.ops.verify.journals import STATE_SLOT_BYTES, bad_slots
 from logstore.ops.verify.losses import Losses, iso_moment, lost_runs, record_losses
 from logstore.ops.verify.repair_segments import mend_segment
 from logstore.ops.verify.report import Finding, Report
@@ -31,6 +30,7 @@ from logstore.storage.catalogue import iso_now
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_REGISTRY, decode_header
 from logstore.storage.journal import PAGE_BYTES
+from logstore.storage.lane import STATE_SLOT_BYTES, bad_slots
 from logstore.storage.opening import OpenStore
 from logstore.storage.registry import encode_registry, salvage_entries
 

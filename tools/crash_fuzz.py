@@ -1,0 +1,322 @@
+"""The fuzz campaign: everything that reads bytes from disk, or from a client, is fed what nobody would write.
+
+Inputs are valid samples made by the real writers, damaged at random; or forged: built field by field from values that
+do harm, with checksums that match, as an attacker would who knows the format. Each is drawn from the seed, the parser
+and its number alone. They are fed to a child process with a bound on its memory and on the time of each input, so that
+a crash of the interpreter, a hang and an allocation without end are seen, and told with the input that caused them.
+
+What must hold: a parser takes an input or refuses it with an error of this project; within its time and memory; and
+what it takes after damage is what was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import random
+import resource
+import select
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Final, NamedTuple
+
+import msgspec
+
+from crash_fuzz_files import FILE_TARGETS
+from crash_fuzz_http import HTTP_TARGETS
+from crash_fuzz_imports import IMPORT_TARGETS
+from crash_fuzz_inputs import Input, Target
+from crash_fuzz_records import RECORD_TARGETS
+from crash_fuzz_stores import STORE_TARGETS
+from crash_kill import BrokenPromiseError
+from logstore.errors import LogstoreError
+
+TARGETS: Final[Mapping[str, type[Target]]] = {
+    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *HTTP_TARGETS, *STORE_TARGETS)
+}
+ALL: Final = "all"
+
+SILENCE_S: Final = 60.0
+"""A child that does not get on for this long, or ten times what an input may take, hangs where no signal reaches it."""
+_LOOK_S: Final = 0.5
+_SAME: Final = 2
+"""How many failures of one kind are told of; the others are counted."""
+_NOT_MADE: Final = "could not begin"
+_COUNTS: Final = struct.Struct("=4Q")
+
+
+class TooSlowError(BaseException):
+    """An input took more time than it may; no `except Exception` of the parser catches it."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A broken promise.
+
+    Attributes:
+        number: Of the input.
+        kind: What tells failures of one cause from those of another.
+        text: What happened.
+    """
+
+    number: int
+    kind: str
+    text: str
+
+
+class Outcome(NamedTuple):
+    """What became of some inputs of one target."""
+
+    accepted: int
+    refused: int
+    failures: list[Failure]
+
+
+class FuzzCampaign:
+    """Feeds one parser after another.
+
+    Args:
+        folder: Where inputs that break something are kept.
+        seed: What everything is drawn from.
+        inputs: How many a run, of a parser that is quick.
+        first: Number of the first input, to repeat one.
+        target: Name of the parser, or `all`.
+
+    Attributes:
+        figures: Counts for the report.
+    """
+
+    def __init__(self, folder: Path, seed: int, inputs: int = 2_000, first: int = 0, target: str = ALL) -> None:
+        if target != ALL and target not in TARGETS:
+            raise SystemExit(f"there is no parser {target!r}; there are {', '.join((ALL, *TARGETS))}")
+        self.figures: Counter[str] = Counter(inputs=0)
+        self._folder = folder
+        self._seed = seed
+        self._inputs = inputs
+        self._first = first
+        self._names = list(TARGETS) if target == ALL else [target]
+        self._broken: list[str] = []
+
+    def run(self, number: int) -> None:
+        """Feed the next parser; what it breaks is told at the end, when the others were fed too."""
+        name = self._names[number % len(self._names)]
+        count = max(1, int(self._inputs * TARGETS[name].share)) if self._inputs > 1 else 1
+        first = self._first + number // len(self._names) * count
+        started = time.monotonic()
+        outcome = feed(TARGETS[name], self._seed, first, count)
+        self.figures["inputs"] += count
+        self.figures[f"{name}: taken"] += outcome.accepted
+        self.figures[f"{name}: refused"] += outcome.refused
+        self.figures[f"{name}: milliseconds"] += int(1000 * (time.monotonic() - started))
+        if outcome.failures:
+            self._broken.append(self._told(name, outcome.failures))
+
+    def finish(self) -> None:
+        """Tell what was broken.
+
+        Raises:
+            BrokenPromiseError: A promise was.
+        """
+        if self._broken:
+            raise BrokenPromiseError("\n\n".join(self._broken))
+
+    def _told(self, name: str, failures: list[Failure]) -> str:
+        lines = [f"{name}: {len(failures)} inputs broke something"]
+        told: Counter[str] = Counter()
+        for failure in failures:
+            told[failure.kind] += 1
+            if told[failure.kind] > _SAME:
+                continue
+            self._folder.mkdir(exist_ok=True)
+            place = self._folder / f"{name}-{failure.number}.input"
+            given = draw(TARGETS[name](), self._seed, name, failure.number)
+            place.write_bytes(given.data)
+            lines += [
+                "",
+                f"input {failure.number}: {failure.text.strip()}",
+                f"{len(given.data)} bytes, in {place}; forged: {given.forged}; told: {given.numbers}",
+                f"again: python tools/crash.py fuzz --seed {self._seed} --target {name} --first {failure.number} "
+                "--inputs 1 --runs 1",
+            ]
+        lines += [f"{count} times: {kind}" for kind, count in told.most_common()]
+        return "\n".join(lines)
+
+
+def draw(target: Target, seed: int, name: str, number: int) -> Input:
+    """Return an input of a target: the same one whenever it is asked for."""
+    return target.draw(random.Random(f"{seed} {name} {number}"))
+
+
+def feed(make: type[Target], seed: int, first: int, count: int) -> Outcome:
+    """Feed inputs to a parser in child processes, one after another until all are done.
+
+    Args:
+        make: Makes the target.
+        seed: Of the campaign.
+        first: Number of the first input.
+        count: How many.
+    """
+    shared = mmap.mmap(-1, _COUNTS.size)
+    failures: list[Failure] = []
+    accepted = refused = 0
+    end = first + count
+    while first < end:
+        shared[:] = _COUNTS.pack(first, 0, 0, 0)
+        ended, told = _child(make, seed, first, end, shared)
+        failures += told
+        first, taken, left, _ = _COUNTS.unpack(shared[:])
+        accepted, refused = accepted + taken, refused + left
+        if ended == _NOT_MADE:
+            raise BrokenPromiseError(f"{make.name}: there are no samples to begin with, see above")
+        if ended:
+            failures.append(Failure(first, ended, f"the process {ended}"))
+            first += 1
+    shared.close()
+    return Outcome(accepted, refused, failures)
+
+
+def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mmap) -> tuple[str, list[Failure]]:
+    """Run a child to its end; return how it died, empty when it did not, and what it told."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reading)
+            feeder = _Feeder(make(), seed, shared, writing)
+            status = 2
+            feeder.run(first, end)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    data, ended = _listen(reading, pid, shared, max(SILENCE_S, 10 * make.cpu_s))
+    os.close(reading)
+    _, status = os.waitpid(pid, 0)
+    failures = [msgspec.json.decode(line, type=Failure) for line in data.splitlines()]
+    if not ended and os.WIFSIGNALED(status):
+        ended = f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    elif not ended and os.WEXITSTATUS(status):
+        ended = _NOT_MADE if os.WEXITSTATUS(status) == 1 else "could not go on"
+    return ended, failures
+
+
+def _listen(reading: int, pid: int, shared: mmap.mmap, silence_s: float) -> tuple[bytes, str]:
+    """Return what a child says, and why it was ended, if it was."""
+    said: list[bytes] = []
+    before, since_s = b"", time.monotonic()
+    while True:
+        if select.select([reading], [], [], _LOOK_S)[0]:
+            piece = os.read(reading, 1 << 16)
+            if not piece:
+                return b"".join(said), ""
+            said.append(piece)
+        now = shared[:]
+        if now != before:
+            before, since_s = now, time.monotonic()
+        elif time.monotonic() - since_s > silence_s:
+            os.kill(pid, signal.SIGKILL)
+            return b"".join(said), f"did not get on for {silence_s:.0f} s"
+
+
+class _Feeder:
+    """Feeds inputs, in the child.
+
+    Args:
+        target: The parser.
+        seed: Of the campaign.
+        shared: Where the parent looks: the number of the input, how many were taken and refused, how many are done.
+        writing: Where failures are told.
+    """
+
+    def __init__(self, target: Target, seed: int, shared: mmap.mmap, writing: int) -> None:
+        self._target = target
+        self._seed = seed
+        self._shared = shared
+        self._writing = writing
+        self._told: Counter[str] = Counter()
+
+    def run(self, first: int, end: int) -> None:
+        _watch_logs()
+        signal.signal(signal.SIGPROF, _too_slow)
+        _bound_memory(self._target.memory_bytes)
+        accepted = 0
+        for number in range(first, end):
+            self._shared[:] = _COUNTS.pack(number, accepted, number - first - accepted, 0)
+            accepted += self._one(number)
+        self._shared[:] = _COUNTS.pack(end, accepted, end - first - accepted - self._told.total(), 0)
+        self._target.close()
+
+    def _one(self, number: int) -> bool:
+        """Feed one input; return whether it was taken."""
+        given = draw(self._target, self._seed, self._target.name, number)
+        try:
+            signal.setitimer(signal.ITIMER_PROF, self._target.cpu_s)
+            try:
+                return self._target.feed(given)
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        except LogstoreError:
+            return False
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._tell(number, error)
+            return False
+
+    def _tell(self, number: int, error: BaseException) -> None:
+        kind = f"{type(error).__name__} at {_place(error)}"
+        self._told[kind] += 1
+        text = "".join(traceback.format_exception(error)[-12:])[-3_000:] if self._told[kind] <= _SAME else ""
+        line = msgspec.json.encode(Failure(number, kind, text.encode(errors="backslashreplace").decode())) + b"\n"
+        os.write(self._writing, line)
+
+
+def _place(error: BaseException) -> str:
+    """Return where in this project an error came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [each for each in frames if "/logstore/" in each.filename] or frames
+    last = ours[-1]
+    return f"{Path(last.filename).name}:{last.lineno} in {last.name}" if ours else "?"
+
+
+def _too_slow(_signal: int, _frame: FrameType | None) -> None:
+    raise TooSlowError("more processor time than this input may take")
+
+
+def _bound_memory(growth: int) -> None:
+    """Bound what this process may have of memory; an allocation beyond that is refused, as on a small machine."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        # Only Linux tells how much there is, and only there the bound means anything.
+        return
+    limit = pages * resource.getpagesize() + growth
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+class _LogCheck(logging.Handler):
+    """Sees to it that whatever is logged can be written to a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.getMessage().encode()
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            raise BrokenPromiseError(f"logged with a traceback: {record.getMessage()}") from record.exc_info[1]
+
+
+def _watch_logs() -> None:
+    for name in ("logstore", "logstore.mcp"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [_LogCheck()]
+        logger.setLevel(logging.WARNING)

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from crash_fuzz_inputs import Target
+
+STORE_TARGETS: tuple[type[Target], ...] = ()
