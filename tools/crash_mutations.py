@@ -233,8 +233,8 @@ _COMPARISONS: Final = [
     Mutation(
         "comparison: the body of a batch",
         "storage/journal.py",
-        "            if google_crc32c.value(body) != header.checksum:",
-        "            if len(body) != header.length:",
+        "            if self._checksum(data, start - base, stop - base) != header.checksum:",
+        "            if stop - start != header.length:",
         (_tests("storage/test_journal"), _DAMAGE),
     ),
     Mutation(
@@ -261,15 +261,15 @@ _COMPARISONS: Final = [
     Mutation(
         "comparison: an entry of the registry",
         "storage/registry.py",
-        "    if google_crc32c.extend(seed, body) != checksum:",
-        "    if len(body) != length:",
+        " and checksums.extend(seed, start, end) == checksum:",
+        ":",
         (_tests("storage/test_registry"), _DAMAGE),
     ),
     Mutation(
         "comparison: a reservation",
         "storage/lane.py",
-        "        if checksum == _CRC.pack(google_crc32c.value(fields)):",
-        "        if len(checksum) == _CRC.size and any(fields):",
+        "    if checksum != _CRC.pack(google_crc32c.value(fields)):",
+        "    if len(checksum) != _CRC.size:",
         (_tests("storage/test_lane"), _DAMAGE),
     ),
 ]
