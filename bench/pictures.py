@@ -71,14 +71,17 @@ def draw_lines(
     return [path]
 
 
-def draw_bars(rounds: Sequence[Round], panels: dict[str, Place], names: Sequence[str], path: Path) -> list[Path]:
-    """Draw one figure of each store as bars, on a logarithmic scale.
+def draw_bars(
+    rounds: Sequence[Round], panels: dict[str, Place], names: Sequence[str], path: Path, *, logarithmic: bool = False
+) -> list[Path]:
+    """Draw one figure of each store as bars.
 
     Args:
         rounds: The results.
         panels: Row and figure, by what their panel is called; the task is the store.
         names: The stores.
         path: Where to.
+        logarithmic: Whether the scale is, for figures that are far apart.
     """
     with _drawn(len(panels), path, sharey=True) as axes:
         for each, (title, place) in zip(axes, panels.items(), strict=True):
@@ -89,11 +92,12 @@ def draw_bars(rounds: Sequence[Round], panels: dict[str, Place], names: Sequence
                 each.text(
                     value, place_y, f" {value:,.3g}" if value < 100 else f" {value:,.0f}", va="center", fontsize=7
                 )
-            each.set(title=title, xscale="log")
-            if known:
-                # Room for the figures; a bar of a logarithmic scale has no natural beginning.
-                each.set_xlim(min(known.values()) / 3, max(known.values()) * 3)
-            each.minorticks_off()
+            each.set(title=title)
+            each.margins(x=0.2)
+            if logarithmic and known:
+                # A bar of a logarithmic scale has no natural beginning.
+                each.set(xscale="log", xlim=(min(known.values()) / 3, max(known.values()) * 3))
+                each.minorticks_off()
             each.grid(visible=False, axis="y")
         axes[0].invert_yaxis()
     return [path]

@@ -134,7 +134,7 @@ def draw(rounds: list[Round], folder: Path) -> list[Path]:
         "replay of 1,000 events: events a second": Place("", "1,000 missed", "events_s"),
         "replay of 1 event: µs": Place("", "1 missed", "p50_us"),
     }
-    return draw_bars(rounds, panels, list(tasks(True)), folder / "replay.svg")
+    return draw_bars(rounds, panels, list(tasks(True)), folder / "replay.svg", logarithmic=True)
 
 
 BENCHMARK: Final = Benchmark(

@@ -17,7 +17,7 @@ from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header
 from logstore.storage.journal import JournalScan, scan_headless, scan_journal
 from logstore.storage.lane import END_OF_FILE, Marks, Place, journal_ordinals, journal_path, remove_unpublished
-from logstore.storage.record import decode_frame
+from logstore.storage.record import decode_stamp
 from logstore.storage.scan import read_from_device
 from logstore.storage.tail import Run
 
@@ -50,12 +50,15 @@ def adopt_lane(
             segments.write([], [journal], time.time_ns() // 1000)
             continue
         scan = _recover_journal(disk, root, journal, catalogue, store_id, ends.get(ordinal), witnesses)
-        frames = {decode_frame(frame).id: frame for frame in scan.frames}
-        highest = max(highest, max(frames, default=0))
+        found = {
+            stamp.id: (stamp.stream, frame)
+            for stamp, frame in zip(map(decode_stamp, scan.frames), scan.frames, strict=True)
+        }
+        highest = max(highest, max(found, default=0))
         # Some may be in segments: a checkpoint got them there, and the index, which knew that, was lost.
-        for event_id in catalogue.indexed(list(frames)):
-            del frames[event_id]
-        segments.write(_runs(list(frames.values())), [journal], time.time_ns() // 1000)
+        for event_id in catalogue.indexed(list(found)):
+            del found[event_id]
+        segments.write(_runs(found), [journal], time.time_ns() // 1000)
     if ordinals:
         logger.info("adopted %d journal files of lane %04d", len(ordinals), number)
         _show_adopted(disk, folder, ordinals[-1])
@@ -144,10 +147,14 @@ def _keep_aside(disk: Disk, root: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def _runs(frames: list[bytes]) -> list[Run]:
-    """Group frames by stream, ascending by id; the same event twice is one."""
-    grouped: dict[str, dict[int, bytes]] = {}
-    for frame in frames:
-        event = decode_frame(frame)
-        grouped.setdefault(event.stream, {})[event.id] = frame
-    return [Run(stream, ids := sorted(events), [events[i] for i in ids]) for stream, events in grouped.items()]
+def _runs(found: dict[int, tuple[str, bytes]]) -> list[Run]:
+    """Group frames, which are known by id with their streams, by stream; ascending by id."""
+    runs: dict[str, Run] = {}
+    for event_id in sorted(found):
+        stream, frame = found[event_id]
+        run = runs.get(stream)
+        if run is None:
+            run = runs[stream] = Run(stream, [], [])
+        run.ids.append(event_id)
+        run.frames.append(frame)
+    return list(runs.values())
