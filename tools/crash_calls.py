@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 Kind = Literal["read", "open", "create", "write", "extend", "sync", "rename", "unlink", "mkdir"]
 """What a call does; all but the first two change something."""
@@ -84,6 +84,7 @@ _KINDS: Final[dict[str, Kind]] = {
 _BY_DESCRIPTOR: Final = frozenset(("read", "pread", "write", "pwrite", "sync", "extend"))
 _NO_NEW_PRIVS: Final = 38
 _SET_FILTER: Final = 1
+_IS_THERE: Final = 2
 _NEW_LISTENER: Final = 8
 _ALLOW: Final = 0x7FFF0000
 _ASK: Final = 0x7FC00000
@@ -147,8 +148,10 @@ class HangsError(Exception):
 
 
 def is_supported() -> bool:
-    """Whether this system can stop the calls of a child."""
-    return sys.platform == "linux" and platform.machine() in _CALLS
+    """Whether this system can stop the calls of a child: Linux from 5.5 on, where seccomp is not forbidden."""
+    if sys.platform != "linux" or platform.machine() not in _CALLS:
+        return False
+    return _seccomp(_IS_THERE, 0, ctypes.byref(ctypes.c_uint32(_ASK))) == 0
 
 
 def run_watched(work: Callable[[Say], None], judge: Judge, folder: Path, deadline_s: float) -> int:
@@ -176,7 +179,10 @@ def run_watched(work: Callable[[Say], None], judge: Judge, folder: Path, deadlin
     child.close()
     with parent:
         try:
-            listener = socket.recv_fds(parent, 1, 1)[1][0]
+            words, listeners, _, _ = socket.recv_fds(parent, _WORD_BYTES, 1)
+            if not listeners:
+                raise RuntimeError(f"the child cannot be watched: {words.decode()}")
+            (listener,) = listeners
             with contextlib.closing(_Watch(pid, listener, parent, judge, folder)) as watch:
                 watch.run(time.monotonic() + deadline_s)
         finally:
@@ -214,20 +220,23 @@ def _names() -> dict[int, str]:
 
 def _ask_about_calls(*, reads: bool) -> int:
     """Put the filter over this process, and return the descriptor by which another one is asked."""
-    machine = platform.machine()
     numbers = [number for number, name in _names().items() if reads or _KINDS[name] != "read"]
     program = [_LOAD_NUMBER]
     program += [(_JUMP_IF_EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
     program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ASK)]
     code = ctypes.create_string_buffer(b"".join(_INSTRUCTION.pack(*each) for each in program))
     described = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    libc = ctypes.CDLL(None, use_errno=True)
     # Without it only root may.
-    libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
-    listener = int(libc.syscall(_SECCOMP[machine], _SET_FILTER, _NEW_LISTENER, described))
+    ctypes.CDLL(None).prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
+    listener = _seccomp(_SET_FILTER, _NEW_LISTENER, described)
     if listener < 0:
         raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
     return listener
+
+
+def _seccomp(operation: int, flags: int, argument: Any) -> int:
+    number = _SECCOMP[platform.machine()]
+    return int(ctypes.CDLL(None, use_errno=True).syscall(number, operation, flags, argument))
 
 
 class _Question(NamedTuple):

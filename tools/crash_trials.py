@@ -209,7 +209,9 @@ def named(campaign: str, seed: int, trial: Trial[_I], told: Told) -> Generator[N
         yield
         if told.odd:
             raise BrokenPromiseError("what must not be said at all")
-    except BrokenPromiseError as error:
+    except Exception as error:
+        # Whatever the store raises where it is only looked at, it should not.
+        problem = error if isinstance(error, BrokenPromiseError) else repr(error)
         told_last = "".join(f"\n  {line}" for line in (*told.errors[-3:], *told.odd[-_LINES:]))
         again = f"python tools/crash.py {campaign} --runs 1 --seed {seed} --only {trial}"
-        raise BrokenPromiseError(f"{trial}: {error}{told_last}\nthis one alone:  {again}") from error
+        raise BrokenPromiseError(f"{trial}: {problem}{told_last}\nthis one alone:  {again}") from error
