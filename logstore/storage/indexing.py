@@ -77,7 +77,7 @@ def make_index(
         with _filling(disk, fresh):
             if inspect_file(path) == "ours":
                 fresh.copy_notes(path)
-            done = reindex(disk, root, fresh, store_id, progress, scanners)
+            done = reindex(disk, root, fresh, store_id, progress, scanners, afresh=True)
         # The write-ahead log of the file that was here would pass for the new one's.
         _remove(disk, path, SQLITE_FILES[1:])
         disk.rename(fresh.path, path)
@@ -123,10 +123,14 @@ def reindex(
     store_id: int,
     progress: BytesDone = silent,
     scanners: Executor | None = None,
+    *,
+    afresh: bool = False,
 ) -> Indexed:
     """Index what segments hold and the catalogue does not know: it is new, or older than they are.
 
-    Events that retention has dropped are left out, as far as the catalogue knows of them.
+    Events that retention has dropped are left out, as far as the catalogue knows of them. So is a segment without a
+    good header that the catalogue does not know, unless it is made afresh: a power cut came before its checkpoint
+    committed, and its events are in the journal.
 
     Returns:
         What the segments hold that were not known whole.
@@ -145,7 +149,9 @@ def reindex(
     total, done = sum(unknown.values()), 0
     events = segments = 0
     jobs = ((disk, segment_path(root, number), number, frame_seed(store_id)) for number in unknown)
-    for scan in _scan_ahead(jobs, scanners):
+    for scan in _headless_last(_scan_ahead(jobs, scanners)):
+        if scan.damage is not None and not afresh and scan.number not in known:
+            continue
         with catalogue.transaction():
             if scan.number in known:
                 # Indexed whole in the place of what is known of it.
@@ -184,14 +190,22 @@ def _scan_ahead(jobs: Iterator[tuple[Disk, Path, int, int]], scanners: Executor 
                 yield scan
 
 
+def _headless_last(scans: Iterator[SegmentScan]) -> Iterator[SegmentScan]:
+    """Yield segments whose header is bad behind the others: then it is known whether anybody needs what they hold."""
+    headless: list[SegmentScan] = []
+    for scan in scans:
+        if scan.damage is None:
+            yield scan
+        else:
+            headless.append(scan)
+    yield from headless
+
+
 def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int) -> int:
     """Add a segment and its events; those that another one has stay there. Returns how many were added."""
     file = f"segments/{scan.number}.segment"
     # Of all that it holds: as long as it is there, streams of which it has dropped events stay on record.
     first_id, last_id = min(scan.events.ids, default=0), max(scan.events.ids, default=0)
-    if scan.damage is not None:
-        logger.error("%s", scan.damage)
-        catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
     known = catalogue.add_streams(scan.names)
     streams = [known[name] for name in scan.names]
     events = scan.events
@@ -206,6 +220,12 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         places = catalogue.places(events.ids)
         found = zip(repeat(scan.number), events.offsets, strict=False)
         events = events.only(map(eq, map(places.__getitem__, events.ids), found))
+    if scan.damage is not None:
+        if scan.events.ids and not events.ids:
+            # What a power cut left of a checkpoint that did not commit; a later one has written it again.
+            return 0
+        logger.error("%s", scan.damage)
+        catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
     extents = list(_extents(scan.number, streams, events))
     catalogue.add_extents(extents)
     owners = {extent.stream_id for extent in extents}

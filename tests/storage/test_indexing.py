@@ -168,6 +168,43 @@ def test_a_damaged_header_is_told_and_its_events_are_indexed(store: Store) -> No
     assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
 
 
+def without_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[:HEADER_BYTES] = bytes(HEADER_BYTES)
+    path.write_bytes(data)
+
+
+def test_a_segment_that_a_power_cut_took_the_header_of_is_no_damage(store: Store) -> None:
+    # Of a checkpoint that never committed: the journal has what is in it, whatever of it is whole.
+    store.segment(1, pack(1, 20, 2))
+    store.make()
+    without_header(store.segment(2, pack(100, 20, 2)))
+    assert store.index() == Indexed(0, 0)
+    assert store.ids() == list(range(1, 21))
+    # The next checkpoint has them, and the index is made again.
+    store.segment(3, pack(100, 20, 2))
+    assert store.make().events == 40
+    store.check()
+    assert store.ask("select * from damage") == []
+    assert store.ask("select segment_id from segments order by 1") == [(1,), (3,)]
+
+
+def test_a_segment_without_a_whole_event_is_told_when_no_index_knows_it(store: Store) -> None:
+    path = store.segment(1, pack(1, 20, 2))
+    path.write_bytes(bytes(path.stat().st_size))
+    store.make()
+    assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
+
+
+def test_a_known_segment_that_grew_and_lost_its_header_is_told(store: Store) -> None:
+    store.segment(1, pack(1, 20, 2))
+    store.make()
+    without_header(store.segment(1, pack(1, 40, 2)))
+    assert store.index() == Indexed(40, 1)
+    store.check()
+    assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
+
+
 def test_nothing_is_in_a_file_that_was_only_being_made(store: Store) -> None:
     segment_path(store.root, 1).write_bytes(bytes(HEADER_BYTES - 1))
     segment_path(store.root, 2).touch()
