@@ -142,9 +142,11 @@ def reindex(
     known = catalogue.segment_sizes()
     # The index must not name a file whose entry in the folder a power cut can still take.
     disk.sync_folder(root / "segments")
-    unknown = _unknown(root, segment_numbers(disk, root), known, catalogue.dropped_segments())
+    numbers, dropped = segment_numbers(disk, root), catalogue.dropped_segments()
+    unknown = _unknown(root, numbers, known, dropped)
     if not unknown:
         return Indexed(0, 0)
+    gone = known.keys() - dropped - set(numbers)
     highest_dropped = catalogue.highest_dropped()
     total, done = sum(unknown.values()), 0
     events = segments = 0
@@ -156,7 +158,7 @@ def reindex(
             if scan.number in known:
                 # Indexed whole in the place of what is known of it.
                 catalogue.forget_segment(scan.number)
-            events += _index_segment(catalogue, scan, highest_dropped)
+            events += _index_segment(catalogue, scan, highest_dropped, gone)
         segments += 1
         done += unknown[scan.number]
         progress(done, total)
@@ -201,8 +203,11 @@ def _headless_last(scans: Iterator[SegmentScan]) -> Iterator[SegmentScan]:
     yield from headless
 
 
-def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int) -> int:
-    """Add a segment and its events; those that another one has stay there. Returns how many were added."""
+def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int, gone: set[int]) -> int:
+    """Add a segment and its events; those that another one has stay there, unless its file is gone.
+
+    Returns how many were added.
+    """
     file = f"segments/{scan.number}.segment"
     # Of all that it holds: as long as it is there, streams of which it has dropped events stay on record.
     first_id, last_id = min(scan.events.ids, default=0), max(scan.events.ids, default=0)
@@ -213,6 +218,10 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         dropped = catalogue.dropped_ids(scan.names)
         last = [dropped.get(name, 0) for name in scan.names]
         events = events.only(map(gt, events.ids, map(last.__getitem__, events.streams)))
+    if gone:
+        # Compaction has moved them since this index was current.
+        catalogue.forget_places(events.ids, gone)
+        catalogue.drop_empty(gone)
     numbers = [streams[place] for place in events.streams]
     if catalogue.add_columns(events.ids, numbers, scan.number, events.offsets, events.lengths) < len(events.ids):
         # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again, and

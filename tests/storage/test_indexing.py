@@ -260,6 +260,32 @@ def test_what_retention_dropped_is_not_indexed_again(store: Store, afresh: bool)
     ]
 
 
+def test_an_older_index_finds_what_compaction_moved_since(store: Store) -> None:
+    moved = pack(1, 20, 2)
+    old = store.segment(1, moved)
+    store.segment(2, pack(100, 20, 2))
+    store.make()
+    store.segment(3, moved)
+    old.unlink()
+    assert store.index() == Indexed(20, 1)
+    store.check()
+    assert store.ids() == [*range(1, 21), *range(100, 120)]
+    assert store.ask("select segment_id from segments where dropped = 0 order by 1") == [(2,), (3,)]
+    assert store.index() == Indexed(0, 0)
+
+
+def test_what_a_missing_segment_held_and_no_other_holds_stays_known_as_lost(store: Store) -> None:
+    first, second = [(each, "a") for each in range(1, 11)], [(each, "b") for each in range(11, 21)]
+    old = store.segment(1, first + second)
+    store.make()
+    store.segment(2, first)
+    old.unlink()
+    assert store.index() == Indexed(10, 1)
+    assert store.ask("select segment_id, count(*) from events group by 1") == [(1, 10), (2, 10)]
+    assert store.ask("select segment_id, first_id, last_id from extents order by 1") == [(1, 11, 20), (2, 1, 10)]
+    assert store.ask("select segment_id from segments where dropped = 0 order by 1") == [(1,), (2,)]
+
+
 def test_a_segment_on_its_way_out_is_left_alone(store: Store) -> None:
     path = store.segment(1, pack(1, 20, 2))
     store.segment(2, pack(100, 20, 2))
