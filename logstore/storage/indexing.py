@@ -143,10 +143,13 @@ def reindex(
     # The index must not name a file whose entry in the folder a power cut can still take.
     disk.sync_folder(root / "segments")
     numbers, dropped = segment_numbers(disk, root), catalogue.dropped_segments()
+    gone = known.keys() - dropped - set(numbers)
+    if gone:
+        with catalogue.transaction():
+            catalogue.drop_empty(gone)
     unknown = _unknown(root, numbers, known, dropped)
     if not unknown:
         return Indexed(0, 0)
-    gone = known.keys() - dropped - set(numbers)
     highest_dropped = catalogue.highest_dropped()
     total, done = sum(unknown.values()), 0
     events = segments = 0

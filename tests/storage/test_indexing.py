@@ -274,6 +274,16 @@ def test_an_older_index_finds_what_compaction_moved_since(store: Store) -> None:
     assert store.index() == Indexed(0, 0)
 
 
+def test_an_older_index_lets_go_of_a_segment_that_was_emptied_and_removed_since(store: Store) -> None:
+    old = store.segment(1, pack(1, 20, 2))
+    store.segment(2, pack(100, 20, 2))
+    store.make()
+    store.change("delete from events where segment_id = 1", "delete from extents where segment_id = 1")
+    old.unlink()
+    assert store.index() == Indexed(0, 0)
+    assert store.ask("select segment_id, dropped from segments order by 1") == [(1, 1), (2, 0)]
+
+
 def test_what_a_missing_segment_held_and_no_other_holds_stays_known_as_lost(store: Store) -> None:
     first, second = [(each, "a") for each in range(1, 11)], [(each, "b") for each in range(11, 21)]
     old = store.segment(1, first + second)
