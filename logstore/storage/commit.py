@@ -392,6 +392,18 @@ class GroupCommit:
         self._lane.sync()
         self.commit_latencies.record(time.monotonic() - started_s)
 
+    async def sync(self) -> None:
+        """Return when everything that was acknowledged is on disk; at once while the journal fails, which is told."""
+        self.bind()
+        newest = self._tail.generations[-1] if self._tail.generations else None
+        due = len(newest.ids) if newest is not None else 0
+        while newest is not None and newest.synced < due and not (newest.sealed or self.failure or self._closed):
+            # What is queued meanwhile is synced with it, or a busy log would never get to it.
+            self._sync_due = True
+            if not self._busy:
+                self._start_sync()
+            await self._turn()
+
     def rotate(self) -> None:
         """Finish the journal file, so that a checkpoint can take it."""
         generations = self._tail.generations
@@ -561,12 +573,16 @@ class GroupCommit:
 
     async def _settle(self) -> None:
         """Return when nothing is queued and the journal's thread has nothing to do."""
-        assert self._loop is not None
         while self._busy or self._pending.ids:
             self._schedule()
-            turn: asyncio.Future[None] = self._loop.create_future()
-            self._worker.give(lambda: None, functools.partial(_finish, turn))
-            await turn
+            await self._turn()
+
+    async def _turn(self) -> None:
+        """Return when the journal's thread has done what it was given."""
+        assert self._loop is not None
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._worker.give(lambda: None, functools.partial(_finish, turn))
+        await turn
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""

@@ -64,7 +64,7 @@ class Log:
         self._hits = 0
         self._misses = 0
         self._read_latencies = Latencies()
-        self.sessions = Sessions(self._session_parts)
+        self.sessions = Sessions(self._session_parts, self._sync)
 
     @property
     def folder(self) -> Path:
@@ -159,6 +159,9 @@ class Log:
     async def _session_parts(self) -> tuple[OpenStore, Checkpointer]:
         parts = await self._ready()
         return parts.store, parts.checkpointer
+
+    async def _sync(self) -> None:
+        await (await self._ready()).commit.sync()
 
     # Appending.
 

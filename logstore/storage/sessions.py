@@ -16,10 +16,16 @@ class Sessions:
 
     Args:
         ready: Opens the store when it is not open, and returns it with its checkpointer.
+        sync: Returns when everything that was acknowledged is on disk.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]]) -> None:
+    def __init__(
+        self,
+        ready: Callable[[], Awaitable[tuple[OpenStore, Checkpointer]]],
+        sync: Callable[[], Awaitable[None]],
+    ) -> None:
         self._ready = ready
+        self._sync = sync
 
     async def incarnation(self) -> int:
         """Return what this opening of the store is called as an owner."""
@@ -70,6 +76,8 @@ class Sessions:
         The caller writes nothing to its streams any more.
         """
         store, _ = await self._ready()
+        # Or a power cut could take these events, and leave those that the next owner appends behind them.
+        await self._sync()
         await asyncio.to_thread(store.registry.release, key, store.lane.incarnation, time.time_ns() // 1000)
 
     async def touch(self, key: str) -> None:
