@@ -22,6 +22,7 @@ try:
     from crash_backup import BackupCampaign
     from crash_damage import DamageCampaign
     from crash_kill import BrokenPromiseError, KillCampaign
+    from crash_power import PowerCampaign
     from crash_resume import ResumeCampaign
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing}. Run  python3 tools/check.py --fast  once, then this with .venv/bin/python") from None
@@ -84,6 +85,15 @@ _KINDS: Final = {
         "all damage to content was reported, nothing was served that had not been stored, no command broke",
         "one random place of one file damaged, and everything asked of the store",
         "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
+    ),
+    "power": _Kind(
+        PowerCampaign,
+        "power cuts",
+        "whatever a power cut left, every event that was on disk was there, once, in order, and so were sessions and "
+        "backups; no lane had a hole, no id was given out twice, nothing was taken for damage",
+        "power cuts at random calls to the disk, of a store in use and of one that is being recovered",
+        "Cut the power of a simulated disk over and over, open what it may have left, and look for what was lost. The "
+        "files are real and never synced: a folder in memory (/dev/shm) makes it faster.",
     ),
     "resume": _Kind(
         ResumeCampaign,
