@@ -27,6 +27,7 @@ try:
     from crash_mutation import MutationCampaign
     from crash_mutations import MUTATIONS
     from crash_points import PointsCampaign
+    from crash_power import PowerCampaign
     from crash_processes import ProcessesCampaign
     from crash_resume import ResumeCampaign
     from crash_sdk_client import SdkCampaign
@@ -132,6 +133,15 @@ _KINDS: Final = {
         "until the disk is mended, or to the end.",
         runs=4000,
         sizes={"only": ""},
+    ),
+    "power": _Kind(
+        PowerCampaign,
+        "power cuts",
+        "whatever a power cut left, every event that was on disk was there, once, in order, and so were sessions and "
+        "backups; no lane had a hole, no id was given out twice, nothing was taken for damage",
+        "power cuts at random calls to the disk, of a store in use and of one that is being recovered",
+        "Cut the power of a simulated disk over and over, open what it may have left, and look for what was lost. The "
+        "files are real and never synced: a folder in memory (/dev/shm) makes it faster.",
     ),
     "resume": _Kind(
         ResumeCampaign,

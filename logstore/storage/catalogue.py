@@ -542,6 +542,33 @@ class Catalogue:
         sql = "SELECT event_id, segment_id, offset FROM events WHERE event_id IN"
         return {row[0]: row[1:] for row in self._look_up(sql, ids)}
 
+    def forget_places(self, ids: Sequence[int], segments: Iterable[int]) -> None:
+        """Drop the rows of those of the given events that are in one of the given segments."""
+        numbers = ", ".join(map(str, segments))
+        rest = iter(ids)
+        while part := list(islice(rest, _ROWS_A_STATEMENT)):
+            marks = ", ".join("?" * len(part))
+            self._write.execute(f"DELETE FROM events WHERE event_id IN ({marks}) AND segment_id IN ({numbers})", part)
+
+    def drop_empty(self, segments: Iterable[int]) -> None:
+        """Drop the runs of the given segments none of whose events has a row there, and the segments without a run."""
+        keys = [(number,) for number in segments]
+        self._write.executemany(
+            """
+            DELETE FROM extents WHERE segment_id = ? AND NOT EXISTS (
+                SELECT 1 FROM events WHERE event_id BETWEEN extents.first_id AND extents.last_id
+                AND events.stream_id = extents.stream_id AND events.segment_id = extents.segment_id)
+            """,
+            keys,
+        )
+        self._write.executemany(
+            """
+            UPDATE segments SET dropped = 1 WHERE segment_id = ?
+            AND NOT EXISTS (SELECT 1 FROM extents WHERE extents.segment_id = segments.segment_id)
+            """,
+            keys,
+        )
+
     def _look_up(self, sql: str, keys: Sequence[Any]) -> Iterator[Any]:
         """Yield what the writing connection finds for keys that may be many."""
         rest = iter(keys)

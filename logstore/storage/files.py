@@ -131,6 +131,10 @@ class Disk:
         if self.size(fd) < length:
             os.ftruncate(fd, length)
 
+    def shorten(self, fd: int, length: int) -> None:
+        """Cut a file off at a length."""
+        os.ftruncate(fd, length)
+
     def allocate(self, fd: int, length: int) -> None:
         """Take the blocks of a file of zeros that is at least `length` bytes long.
 

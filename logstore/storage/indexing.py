@@ -79,7 +79,7 @@ def make_index(
             if inspect_file(path) == "ours":
                 with damage_of(path):
                     fresh.copy_notes(path)
-            done = reindex(disk, root, fresh, store_id, progress, scanners)
+            done = reindex(disk, root, fresh, store_id, progress, scanners, afresh=True)
         # The write-ahead log of the file that was here would pass for the new one's.
         _remove(disk, path, SQLITE_FILES[1:])
         disk.rename(fresh.path, path)
@@ -125,10 +125,14 @@ def reindex(
     store_id: int,
     progress: BytesDone = silent,
     scanners: Executor | None = None,
+    *,
+    afresh: bool = False,
 ) -> Indexed:
     """Index what segments hold and the catalogue does not know: it is new, or older than they are.
 
-    Events that retention has dropped are left out, as far as the catalogue knows of them.
+    Events that retention has dropped are left out, as far as the catalogue knows of them. So is a segment without a
+    good header that the catalogue does not know, unless it is made afresh: a power cut came before its checkpoint
+    committed, and its events are in the journal.
 
     Returns:
         What the segments hold that were not known whole.
@@ -140,19 +144,26 @@ def reindex(
     known = catalogue.segment_sizes()
     # The index must not name a file whose entry in the folder a power cut can still take.
     disk.sync_folder(root / "segments")
-    unknown = _unknown(root, segment_numbers(disk, root), known, catalogue.dropped_segments())
+    numbers, dropped = segment_numbers(disk, root), catalogue.dropped_segments()
+    gone = known.keys() - dropped - set(numbers)
+    if gone:
+        with catalogue.transaction():
+            catalogue.drop_empty(gone)
+    unknown = _unknown(root, numbers, known, dropped)
     if not unknown:
         return Indexed(0, 0)
     highest_dropped = catalogue.highest_dropped()
     total, done = sum(unknown.values()), 0
     events = segments = 0
     jobs = ((disk, segment_path(root, number), number, frame_seed(store_id)) for number in unknown)
-    for scan in _scan_ahead(jobs, scanners):
+    for scan in _headless_last(_scan_ahead(jobs, scanners)):
+        if scan.damage is not None and not afresh and scan.number not in known:
+            continue
         with catalogue.transaction():
             if scan.number in known:
                 # Indexed whole in the place of what is known of it.
                 catalogue.forget_segment(scan.number)
-            events += _index_segment(catalogue, scan, highest_dropped)
+            events += _index_segment(catalogue, scan, highest_dropped, gone)
         segments += 1
         done += unknown[scan.number]
         progress(done, total)
@@ -186,14 +197,25 @@ def _scan_ahead(jobs: Iterator[tuple[Disk, Path, int, int]], scanners: Executor 
                 yield scan
 
 
-def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int) -> int:
-    """Add a segment and its events; those that another one has stay there. Returns how many were added."""
+def _headless_last(scans: Iterator[SegmentScan]) -> Iterator[SegmentScan]:
+    """Yield segments whose header is bad behind the others: then it is known whether anybody needs what they hold."""
+    headless: list[SegmentScan] = []
+    for scan in scans:
+        if scan.damage is None:
+            yield scan
+        else:
+            headless.append(scan)
+    yield from headless
+
+
+def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int, gone: set[int]) -> int:
+    """Add a segment and its events; those that another one has stay there, unless its file is gone.
+
+    Returns how many were added.
+    """
     file = f"segments/{scan.number}.segment"
     # Of all that it holds: as long as it is there, streams of which it has dropped events stay on record.
     first_id, last_id = min(scan.events.ids, default=0), max(scan.events.ids, default=0)
-    if scan.damage is not None:
-        logger.error("%s", scan.damage)
-        catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
     known = catalogue.add_streams(scan.names)
     streams = [known[name] for name in scan.names]
     events = scan.events
@@ -201,6 +223,10 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         dropped = catalogue.dropped_ids(scan.names)
         last = [dropped.get(name, 0) for name in scan.names]
         events = events.only(map(gt, events.ids, map(last.__getitem__, events.streams)))
+    if gone:
+        # Compaction has moved them since this index was current.
+        catalogue.forget_places(events.ids, gone)
+        catalogue.drop_empty(gone)
     numbers = [streams[place] for place in events.streams]
     if catalogue.add_columns(events.ids, numbers, scan.number, events.offsets, events.lengths) < len(events.ids):
         # A crash leaves events in a segment that its checkpoint did not index and a later one wrote again, and
@@ -208,6 +234,12 @@ def _index_segment(catalogue: Catalogue, scan: SegmentScan, highest_dropped: int
         places = catalogue.places(events.ids)
         found = zip(repeat(scan.number), events.offsets, strict=False)
         events = events.only(map(eq, map(places.__getitem__, events.ids), found))
+    if scan.damage is not None:
+        if scan.events.ids and not events.ids:
+            # What a power cut left of a checkpoint that did not commit; a later one has written it again.
+            return 0
+        logger.error("%s", scan.damage)
+        catalogue.add_damage(file, 0, scan.bytes, None, scan.damage, file)
     extents = list(_extents(scan.number, streams, events))
     catalogue.add_extents(extents)
     owners = {extent.stream_id for extent in extents}

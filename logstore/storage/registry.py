@@ -143,6 +143,7 @@ class Registry:
                 self._disk.publish(self._path, header.encode())
             try:
                 self._reopen()
+                self._cut_torn()
             except BaseException:
                 self._close()
                 raise
@@ -235,13 +236,28 @@ class Registry:
             # After a failed sync the next one succeeds without having written what the first one could not.
             self._rewrite()
         data = _encode(entry, _seed(self._header))
-        # What a torn append left behind the end is written over: it was never acknowledged.
+        self._cut_torn()
         self._failed = True
         self._disk.write(self._fd, data, self._end)
         self._disk.sync(self._fd)
         self._failed = False
         self._end += len(data)
         self._apply(entry)
+
+    def _cut_torn(self) -> None:
+        """End the file behind its last whole entry; what a torn append left there was never acknowledged.
+
+        Left in place it would look like damage, also behind a shorter entry that is written over it.
+        """
+        size = self._disk.size(self._fd)
+        if size <= self._end:
+            return
+        kept = self._root / "damaged" / f"{self._path.name}.torn"
+        self._disk.make_folder(kept.parent)
+        self._disk.publish(kept, self._disk.read(self._fd, size - self._end, self._end))
+        self._disk.shorten(self._fd, self._end)
+        self._disk.sync(self._fd)
+        logger.warning("%s ends in a torn write of %d bytes, kept in %s", self._path, size - self._end, kept)
 
     def _rewrite(self) -> None:
         """Put a file in place that holds what is valid and nothing else."""

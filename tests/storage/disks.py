@@ -1,4 +1,4 @@
-"""Disks that stand behind the file door: one that fails as it is told, and one that a crash can happen to."""
+"""Disks that stand behind the file door: one that fails as it is told, and one file that a crash can happen to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crash_device import FileState
 from logstore.storage.files import Disk, Lock
-
-SECTOR_BYTES = 512
 
 
 def open_descriptors() -> int:
@@ -130,9 +129,7 @@ class CrashDisk(Disk):
 
     def __init__(self) -> None:
         self.content = bytearray()
-        self._durable = b""
-        # Of each sector written since the last sync, all the contents it had meanwhile.
-        self._versions: dict[int, list[bytes]] = {}
+        self._state = FileState()
 
     def create(self, path: Path) -> int:
         return 3
@@ -145,53 +142,15 @@ class CrashDisk(Disk):
         if end > len(self.content):
             self.content.extend(bytes(end - len(self.content)))
         self.content[offset:end] = data
-        for sector in range(offset // SECTOR_BYTES, -(-end // SECTOR_BYTES)):
-            start = sector * SECTOR_BYTES
-            self._versions.setdefault(sector, []).append(bytes(self.content[start : start + SECTOR_BYTES]))
+        self._state.write(data, offset)
 
     def sync(self, fd: int) -> None:
-        self._durable = bytes(self.content)
-        self._versions.clear()
+        self._state.sync()
 
     def sync_folder(self, folder: Path) -> None:
         pass
 
     def crashes(self, rng: random.Random) -> Iterator[bytes]:
-        """Yield, without end, what the disk may hold after a power cut at this moment.
-
-        Every sector written since the last sync was kept, lost, zeroed or trashed on its own; the file's length is any
-        between the synced one and the newest.
-        """
-        if not self._versions:
-            while True:
-                yield self._durable
-        first, last = min(self._versions), max(self._versions)
+        """Yield, without end, what the disk may hold after a power cut at this moment."""
         while True:
-            # Mostly kept or mostly lost: even odds for hundreds of sectors would never leave a batch whole.
-            odds = rng.choice((0.02, 0.2, 0.5, 0.9, 0.99))
-            image = bytearray(self._durable.ljust(len(self.content), b"\0"))
-            for sector in range(first, last + 1):
-                versions = self._versions.get(sector)
-                if versions is None:
-                    continue
-                place = slice(sector * SECTOR_BYTES, sector * SECTOR_BYTES + len(versions[-1]))
-                if rng.random() < odds:
-                    image[place] = versions[-1]
-                else:
-                    image[place] = self._fate(rng, versions, bytes(image[place]))
-            shortest = len(self._durable)
-            if rng.random() < 0.2:
-                length = rng.randrange(shortest, len(image) + 1)
-                del image[length:]
-            yield bytes(image)
-
-    @staticmethod
-    def _fate(rng: random.Random, versions: list[bytes], before: bytes) -> bytes:
-        fate = rng.randrange(4)
-        if fate == 0:
-            return before
-        if fate == 1:
-            return bytes(len(before))
-        if fate == 2:
-            return rng.randbytes(len(before))
-        return rng.choice(versions)[: len(before)].ljust(len(before), b"\0")
+            yield self._state.after_cut(rng, torn=True)

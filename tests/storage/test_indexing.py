@@ -169,6 +169,43 @@ def test_a_damaged_header_is_told_and_its_events_are_indexed(store: Store) -> No
     assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
 
 
+def without_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[:HEADER_BYTES] = bytes(HEADER_BYTES)
+    path.write_bytes(data)
+
+
+def test_a_segment_that_a_power_cut_took_the_header_of_is_no_damage(store: Store) -> None:
+    # Of a checkpoint that never committed: the journal has what is in it, whatever of it is whole.
+    store.segment(1, pack(1, 20, 2))
+    store.make()
+    without_header(store.segment(2, pack(100, 20, 2)))
+    assert store.index() == Indexed(0, 0)
+    assert store.ids() == list(range(1, 21))
+    # The next checkpoint has them, and the index is made again.
+    store.segment(3, pack(100, 20, 2))
+    assert store.make().events == 40
+    store.check()
+    assert store.ask("select * from damage") == []
+    assert store.ask("select segment_id from segments order by 1") == [(1,), (3,)]
+
+
+def test_a_segment_without_a_whole_event_is_told_when_no_index_knows_it(store: Store) -> None:
+    path = store.segment(1, pack(1, 20, 2))
+    path.write_bytes(bytes(path.stat().st_size))
+    store.make()
+    assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
+
+
+def test_a_known_segment_that_grew_and_lost_its_header_is_told(store: Store) -> None:
+    store.segment(1, pack(1, 20, 2))
+    store.make()
+    without_header(store.segment(1, pack(1, 40, 2)))
+    assert store.index() == Indexed(40, 1)
+    store.check()
+    assert store.ask("select file, offset from damage") == [("segments/1.segment", 0)]
+
+
 def test_nothing_is_in_a_file_that_was_only_being_made(store: Store) -> None:
     segment_path(store.root, 1).write_bytes(bytes(HEADER_BYTES - 1))
     segment_path(store.root, 2).touch()
@@ -223,6 +260,42 @@ def test_what_retention_dropped_is_not_indexed_again(store: Store, afresh: bool)
     assert store.ask("select name, dropped_id, dropped_at from streams where dropped_id > 0") == [
         ("stream 0", 15, "then")
     ]
+
+
+def test_an_older_index_finds_what_compaction_moved_since(store: Store) -> None:
+    moved = pack(1, 20, 2)
+    old = store.segment(1, moved)
+    store.segment(2, pack(100, 20, 2))
+    store.make()
+    store.segment(3, moved)
+    old.unlink()
+    assert store.index() == Indexed(20, 1)
+    store.check()
+    assert store.ids() == [*range(1, 21), *range(100, 120)]
+    assert store.ask("select segment_id from segments where dropped = 0 order by 1") == [(2,), (3,)]
+    assert store.index() == Indexed(0, 0)
+
+
+def test_an_older_index_lets_go_of_a_segment_that_was_emptied_and_removed_since(store: Store) -> None:
+    old = store.segment(1, pack(1, 20, 2))
+    store.segment(2, pack(100, 20, 2))
+    store.make()
+    store.change("delete from events where segment_id = 1", "delete from extents where segment_id = 1")
+    old.unlink()
+    assert store.index() == Indexed(0, 0)
+    assert store.ask("select segment_id, dropped from segments order by 1") == [(1, 1), (2, 0)]
+
+
+def test_what_a_missing_segment_held_and_no_other_holds_stays_known_as_lost(store: Store) -> None:
+    first, second = [(each, "a") for each in range(1, 11)], [(each, "b") for each in range(11, 21)]
+    old = store.segment(1, first + second)
+    store.make()
+    store.segment(2, first)
+    old.unlink()
+    assert store.index() == Indexed(10, 1)
+    assert store.ask("select segment_id, count(*) from events group by 1") == [(1, 10), (2, 10)]
+    assert store.ask("select segment_id, first_id, last_id from extents order by 1") == [(1, 11, 20), (2, 1, 10)]
+    assert store.ask("select segment_id from segments where dropped = 0 order by 1") == [(1,), (2,)]
 
 
 def test_a_segment_on_its_way_out_is_left_alone(store: Store) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import google_crc32c
 import pytest
 
+from crash_device import SECTOR_BYTES
 from logstore.errors import DamageError, FormatVersionError
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, FileHeader, frame_seed
@@ -30,7 +31,7 @@ from logstore.storage.journal import (
     scan_journal,
 )
 from logstore.storage.record import Event, decode_frame, encode_frame
-from tests.storage.disks import SECTOR_BYTES, CrashDisk, Fault, FaultyDisk, open_descriptors
+from tests.storage.disks import CrashDisk, Fault, FaultyDisk, open_descriptors
 
 PATH = Path("0000000001.journal")
 STORE_ID = 77

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from logstore.errors import DamageError, FormatVersionError
+from logstore.ops.verify.registry import check_registry
 from logstore.storage import registry as registry_module
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES
@@ -220,6 +221,29 @@ def test_a_torn_append_is_written_over(tmp_path: Path, opened: Opener, kept: int
     again.open_session("b", 1, NOW_US, b"")
     assert [each.key for each in reader.sessions()] == ["a", "b"]
     assert [each.key for each in opened().sessions()] == ["a", "b"]
+
+
+def test_a_torn_append_is_kept_aside_and_cut_off_by_the_next_opening(tmp_path: Path, opened: Opener) -> None:
+    registry = opened()
+    registry.open_session("a", 1, NOW_US, b"")
+    registry.close()
+    whole = log_of(tmp_path).read_bytes()
+    log_of(tmp_path).write_bytes(whole + b"half an entry")
+    assert check_registry(Disk(), tmp_path, [], tmp_path / "events.db").findings
+    assert [each.key for each in opened().sessions()] == ["a"]
+    assert log_of(tmp_path).read_bytes() == whole
+    assert (tmp_path / "damaged" / "registry.log.torn").read_bytes() == b"half an entry"
+    assert check_registry(Disk(), tmp_path, [], tmp_path / "events.db").findings == []
+
+
+def test_nothing_of_a_torn_append_is_left_behind_the_next_entry(tmp_path: Path, opened: Opener) -> None:
+    registry = opened()
+    with log_of(tmp_path).open("ab") as file:
+        # By another process, which died over it.
+        file.write(bytes(500))
+    registry.open_session("a", 1, NOW_US, b"")
+    assert bounds_of_entries(log_of(tmp_path))[-1][1] == log_of(tmp_path).stat().st_size
+    assert [each.key for each in opened().sessions()] == ["a"]
 
 
 @pytest.mark.parametrize("written", [0, 5, 30])

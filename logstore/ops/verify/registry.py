@@ -72,7 +72,7 @@ def check_registry(disk: Disk, root: Path, copied: list[CopiedSession], catalogu
         reason = f"{len(lost)} sessions that were here are not: {', '.join(lost[:5])}"
         findings.append(found("registry", path, reason, end, len(data) - end))
     elif end < len(data):
-        # Only a power cut tears one; nothing tells it from damage, and the next entry is written over it.
+        # Only a power cut tears one; nothing tells it from damage, and the next opening cuts it off.
         reason = "the last entry is not whole: torn by a power cut, or damaged"
         findings.append(found("registry", path, reason, end, len(data) - end))
     altered = [str(each.key) for each in copied if sessions.denies(each)]
