@@ -459,6 +459,22 @@ def test_a_badly_damaged_file_is_read_in_reasonable_time() -> None:
     assert ids_of(scan.frames) == ids_of(journal.frames)[1::2]
 
 
+def test_a_batch_that_followed_another_one_is_not_taken() -> None:
+    rng = random.Random(14)
+    journals = [Journal(), Journal()]
+    for number in range(3):
+        for journal in journals:
+            # As long, and under the same number, but with other events.
+            journal.write([encode_frame(Event(number + 1, 0, 0, "stream", 0, rng.randbytes(100)), SEED)])
+            journal.sync()
+    one, other = journals
+    last = one.batches[-1]
+    data = one.data[: last.start] + other.data[last.start : last.end]
+    scan = scan_journal(data, PATH, last.end)
+    assert len(scan.damage) == 1
+    assert scan.damage[0].offset == one.batches[1].end
+
+
 # The end that the next file names.
 
 

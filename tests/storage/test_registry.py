@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
@@ -170,6 +171,20 @@ def test_two_processes_that_race_agree_on_every_owner(tmp_path: Path, opened: Op
     assert owners[0] == owners[1] == [str(session.incarnation) for session in registry.sessions()]
     assert set(owners[0]) <= {"2", "3"}
     assert len(owners[0]) == 50
+
+
+@pytest.mark.promise("one-owner")
+def test_what_two_write_at_once_is_all_there(opened: Opener) -> None:
+    writers = [opened(), opened()]
+
+    def write(number: int) -> None:
+        for each in range(40):
+            writers[number].open_session(f"{number}-{each}", number, NOW_US, b"")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(2)))
+    keys = {f"{number}-{each}" for number in range(2) for each in range(40)}
+    assert [{session.key for session in writer.sessions()} for writer in writers] == [keys, keys]
 
 
 def test_a_session_that_ended_or_never_was_cannot_be_taken_over(opened: Opener) -> None:
