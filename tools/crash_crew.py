@@ -113,6 +113,7 @@ class Crew:
         self._figures = figures
         self._seed = seed
         self._lives = 0
+        self._quiet = False
         self._late: dict[tuple[int, int], _Late] = {}
         self._rng = random.Random(f"{seed} crew")
         self.members: list[Member] = []
@@ -145,6 +146,8 @@ class Crew:
         member = Member(life, process, ours, orders)
         self.members.append(member)
         self._figures["processes"] += 1
+        if self._quiet:
+            member.tell("quiet")
         return member
 
     def _options(self) -> LogOptions:
@@ -273,6 +276,13 @@ class Crew:
         """Whether a process has written to a slot: then it serves it."""
         first = slot * STREAMS_A_SLOT
         return any(member.life in ids for ids in self._ledger.ids[first : first + STREAMS_A_SLOT])
+
+    def be_quiet(self, quiet: bool) -> None:
+        """Have nobody write any more, or everybody write on."""
+        self._quiet = quiet
+        for member in self.members:
+            member.go_on()
+            member.tell("quiet" if quiet else "write")
 
     # Looking.
 

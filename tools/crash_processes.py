@@ -234,17 +234,15 @@ class _Run:
         Raises:
             BrokenPromiseError: One is not.
         """
-        for member in self._crew.members:
-            member.go_on()
-            member.tell("quiet")
+        self._crew.be_quiet(True)
         events = -1
         while self._crew.check_followers(_QUIET_S) or events != self._ledger.events:
             events = self._ledger.events
             time.sleep(_QUIET_LOOK_S)
             self._crew.look()
             self._chores.go_on()
-        for member in self._crew.members:
-            member.tell("write")
+            self._tell()
+        self._crew.be_quiet(False)
         self._figures["times all followers had everything"] += 1
 
     # The end.
@@ -256,7 +254,7 @@ class _Run:
             BrokenPromiseError: A promise was broken.
         """
         self._be_quiet()
-        self._chores.settle()
+        self._chores.settle(kill=True)
         self._crew.end()
         self._do(("verify in the end", partial(verify_whole, self._path)))
         self._audit(audit_opened)
