@@ -481,8 +481,11 @@ class Catalogue:
         """Move SQLite's write-ahead log into the database; the caller holds the checkpoint lock."""
         self._write.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-    def copy_notes(self, path: Path) -> None:
+    def copy_notes(self, path: Path) -> set[int]:
         """Copy what no file but another catalogue tells: what retention dropped, damage, imports, maintenance.
+
+        Returns:
+            The segments that it knows.
 
         Raises:
             sqlite3.Error: The other one is damaged; nothing is copied.
@@ -499,6 +502,7 @@ class Catalogue:
                 self._write.execute("INSERT INTO segments SELECT * FROM other.segments WHERE dropped = 1")
                 for table in ("damage", "imports", "maintenance"):
                     self._write.execute(f"INSERT INTO {table} SELECT * FROM other.{table}")
+            return {row[0] for row in self._write.execute("SELECT segment_id FROM other.segments")}
         finally:
             self._write.execute("DETACH other")
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice, pairwise, repeat
 from operator import eq, gt
@@ -76,10 +76,11 @@ def make_index(
     try:
         disk.close(disk.create(fresh.path))
         with _filling(disk, fresh):
+            before = None
             if inspect_file(path) == "ours":
                 with damage_of(path):
-                    fresh.copy_notes(path)
-            done = reindex(disk, root, fresh, store_id, progress, scanners, afresh=True)
+                    before = fresh.copy_notes(path)
+            done = reindex(disk, root, fresh, store_id, progress, scanners, before=before)
         # The write-ahead log of the file that was here would pass for the new one's.
         _remove(disk, path, SQLITE_FILES[1:])
         disk.rename(fresh.path, path)
@@ -126,13 +127,21 @@ def reindex(
     progress: BytesDone = silent,
     scanners: Executor | None = None,
     *,
-    afresh: bool = False,
+    before: Collection[int] | None = (),
 ) -> Indexed:
     """Index what segments hold and the catalogue does not know: it is new, or older than they are.
 
-    Events that retention has dropped are left out, as far as the catalogue knows of them. So is a segment without a
-    good header that the catalogue does not know, unless it is made afresh: a power cut came before its checkpoint
-    committed, and its events are in the journal.
+    Events that retention has dropped are left out, as far as the catalogue knows of them. So is a segment with a bad
+    header that no index knows: a power cut came before its checkpoint committed, and the journal has its events.
+
+    Args:
+        disk: The file door.
+        root: The log folder.
+        catalogue: Open for writing.
+        store_id: Of the store.
+        progress: Told after each segment.
+        scanners: Who reads the segments.
+        before: Segments that the index knew which this one replaces; None when there was none that could be asked.
 
     Returns:
         What the segments hold that were not known whole.
@@ -157,7 +166,7 @@ def reindex(
     events = segments = 0
     jobs = ((disk, segment_path(root, number), number, frame_seed(store_id)) for number in unknown)
     for scan in _headless_last(_scan_ahead(jobs, scanners)):
-        if scan.damage is not None and not afresh and scan.number not in known:
+        if scan.damage is not None and before is not None and scan.number not in {*known, *before}:
             continue
         with catalogue.transaction():
             if scan.number in known:

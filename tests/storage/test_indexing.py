@@ -190,6 +190,18 @@ def test_a_segment_that_a_power_cut_took_the_header_of_is_no_damage(store: Store
     assert store.ask("select segment_id from segments order by 1") == [(1,), (3,)]
 
 
+def test_an_index_that_is_made_again_believes_the_one_before_about_what_was_committed(store: Store) -> None:
+    store.segment(1, pack(1, 20, 2))
+    known = store.segment(2, pack(100, 20, 2))
+    store.make()
+    for path in (known, store.segment(3, pack(200, 20, 2))):
+        path.write_bytes(bytes(path.stat().st_size))
+    store.make()
+    assert store.ids() == list(range(1, 21))
+    assert store.ask("select file from damage") == [("segments/2.segment",)]
+    assert store.ask("select segment_id from segments order by 1") == [(1,), (2,)]
+
+
 def test_a_segment_without_a_whole_event_is_told_when_no_index_knows_it(store: Store) -> None:
     path = store.segment(1, pack(1, 20, 2))
     path.write_bytes(bytes(path.stat().st_size))
