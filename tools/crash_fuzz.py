@@ -31,6 +31,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from crash_fuzz_http import HTTP_TARGETS
+from crash_fuzz_names import NAME_TARGETS
+from crash_fuzz_peers import PEER_TARGETS
 from crash_fuzz_files import FILE_TARGETS
 from crash_fuzz_imports import IMPORT_TARGETS
 from crash_fuzz_inputs import Input, Target
@@ -40,7 +42,7 @@ from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
 TARGETS: Final[Mapping[str, type[Target]]] = {
-    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *HTTP_TARGETS, *STORE_TARGETS)
+    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *NAME_TARGETS, *PEER_TARGETS, *HTTP_TARGETS, *STORE_TARGETS)
 }
 ALL: Final = "all"
 
