@@ -42,7 +42,16 @@ from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
 TARGETS: Final[Mapping[str, type[Target]]] = {
-    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *NAME_TARGETS, *PEER_TARGETS, *HTTP_TARGETS, *STORE_TARGETS)
+    target.name: target
+    for target in (
+        *FILE_TARGETS,
+        *RECORD_TARGETS,
+        *IMPORT_TARGETS,
+        *NAME_TARGETS,
+        *PEER_TARGETS,
+        *HTTP_TARGETS,
+        *STORE_TARGETS,
+    )
 }
 ALL: Final = "all"
 

@@ -101,7 +101,14 @@ class NamesTarget(Target):
             long = len(f"{_TOKEN}/{text}") > MAX_STREAM_BYTES or not text.isascii()
             if known != request_id and known is not None and text != STANDALONE_STREAM:
                 raise BrokenPromiseError(f"request {request_id!r} is taken for {known!r}")
-            if known is None and not long and text and not text.startswith("#") and "%" not in text and text.isprintable():
+            if (
+                known is None
+                and not long
+                and text
+                and not text.startswith("#")
+                and "%" not in text
+                and text.isprintable()
+            ):
                 if text != STANDALONE_STREAM:
                     raise BrokenPromiseError(f"request {request_id!r} is not known by {name!r}")
             scope.answered(str(request_id), name)

@@ -133,6 +133,7 @@ class PeersTarget(Target):
     async def _command(self, data: bytes) -> bool:
         reader, writer = await asyncio.open_unix_connection(self._folder / "1.sock")
         writer.write(data)
+        answer = b""
         with contextlib.suppress(OSError):
             writer.write_eof()
             await writer.drain()
@@ -151,7 +152,8 @@ class PeersTarget(Target):
 
     async def _told(self, data: bytes) -> bool:
         self._answer = data
-        return bool(await self._peers.tell_all("reading", "token"))
+        await self._peers.end_everywhere("token/1", 7)
+        return await self._peers.is_read_elsewhere("token")
 
     async def _forwarded(self, data: bytes) -> bool:
         self._answer = data

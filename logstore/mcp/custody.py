@@ -218,7 +218,7 @@ class Custody:
         now_ns = time.time_ns()
         self._connections.end(live.scope.prefix, now_ns)
         if self.peers is not None:
-            await self.peers.tell_all("end", live.scope.prefix, now_ns)
+            await self.peers.end_everywhere(live.scope.prefix, now_ns)
 
     async def let_go(self, live: LiveSession) -> bool:
         """Stop serving a session in which nothing runs, for whoever is asked for it next; return whether it is gone."""
@@ -257,7 +257,7 @@ class Custody:
             return
         since_s = time.monotonic() - self._options.session_idle_s
         for live in [live for live in self.live.values() if self._is_idle(live, since_s)]:
-            if self.peers is not None and any(await self.peers.tell_all("reading", live.scope.token)):
+            if self.peers is not None and await self.peers.is_read_elsewhere(live.scope.token):
                 live.used_s = time.monotonic()
             elif self._is_idle(live, since_s):
                 await self.let_go(live)

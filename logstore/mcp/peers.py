@@ -22,15 +22,16 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import anyio
 import msgspec
 from starlette.types import ASGIApp, Message, Scope
 
 from logstore.mcp.connections import Connection
+from logstore.storage.ids import parse_event_id
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -49,10 +50,66 @@ _ASK_S: Final = 0.5
 """What a worker that does not answer may hold up a question to all."""
 _SILENCE_S: Final = 5.0
 """Without the beginning of a response for this long, the other worker is asked whether it lives."""
-_SCOPE_FIELDS: Final = ("method", "path", "raw_path", "query_string", "root_path", "scheme", "http_version", "headers")
+
+_Address = tuple[str, int | None] | None
+_T = TypeVar("_T")
+
+
+class _Scope(msgspec.Struct, omit_defaults=True):
+    """What of a request's ASGI scope is passed on."""
+
+    method: str
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    raw_path: bytes | None = None
+    query_string: bytes = b""
+    root_path: str = ""
+    scheme: str = "http"
+    http_version: str = "1.1"
+    client: _Address = None
+    server: _Address = None
+
+
+class _Request(msgspec.Struct, array_like=True, tag="request"):
+    scope: _Scope
+    body: bytes
+
+
+class _End(msgspec.Struct, array_like=True, tag="end"):
+    name: str
+    older_than_ns: int
+
+
+class _Reading(msgspec.Struct, array_like=True, tag="reading"):
+    token: str
+
+
+class _Ping(msgspec.Struct, array_like=True, tag="ping"):
+    pass
+
+
+class _Start(msgspec.Struct, array_like=True, tag="start"):
+    status: Annotated[int, msgspec.Meta(ge=100, le=999)]
+    headers: list[tuple[bytes, bytes]]
+
+
+class _Body(msgspec.Struct, array_like=True, tag="body"):
+    body: bytes
+    more: bool
+
+
+class _Again(msgspec.Struct, array_like=True, tag="again"):
+    pass
+
+
+_Command = _End | _Reading | _Ping
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder().decode
+# Another release may be at the other end, and whoever may write to the folder: nothing is taken for what it is not.
+_decode_command = msgspec.msgpack.Decoder(_Request | _End | _Reading | _Ping).decode
+_decode_first = msgspec.msgpack.Decoder(_Start | _Again).decode
+_decode_body = msgspec.msgpack.Decoder(_Body).decode
+_decode_answer = msgspec.msgpack.Decoder(tuple[bool]).decode
 
 
 class Outcome(enum.Enum):
@@ -135,9 +192,10 @@ class Peers:
             self._fd = -1
 
     def others(self) -> list[int]:
-        """Return the names of the other workers whose sockets are there, of dead ones too."""
+        """Return the names of the other workers whose sockets are there, of dead ones too; they are ids."""
         names = (path.stem for path in self._folder.glob(f"*{_SUFFIX}"))
-        return [int(name) for name in names if name.isdigit() and int(name) != self._own]
+        workers = [worker for name in names if (worker := parse_event_id(name)) is not None]
+        return [worker for worker in workers if worker != self._own]
 
     def is_listed(self, worker: int) -> bool:
         """Whether a worker's socket is there."""
@@ -172,21 +230,29 @@ class Peers:
 
     # Asking.
 
-    async def tell_all(self, *command: Any) -> list[Any]:
+    async def end_everywhere(self, name: str, older_than_ns: int) -> None:
+        """Have every other worker end the connections of a stream that began before a time."""
+        await self._tell_all(_End(name, older_than_ns))
+
+    async def is_read_elsewhere(self, token: str) -> bool:
+        """Whether connections of a session are open at another worker."""
+        return any(await self._tell_all(_Reading(token)))
+
+    async def _tell_all(self, command: _Command) -> list[bool]:
         """Give every other worker a command and return the answers of those that answer soon."""
-        answers = await asyncio.gather(*(self._ask(worker, _ASK_S, *command) for worker in self.others()))
+        answers = await asyncio.gather(*(self._ask(worker, _ASK_S, command) for worker in self.others()))
         return [answer for answer in answers if answer is not None]
 
     async def answers(self, worker: int) -> bool:
         """Whether another worker reacts."""
-        return await self._ask(worker, _SILENCE_S, "ping") is not None
+        return await self._ask(worker, _SILENCE_S, _Ping()) is not None
 
-    async def _ask(self, worker: int, patience_s: float, *command: Any) -> Any:
+    async def _ask(self, worker: int, patience_s: float, command: _Command) -> bool | None:
         with anyio.move_on_after(patience_s), contextlib.suppress(OSError, EOFError):
             reader, writer = await self._connect(worker)
             with contextlib.closing(writer):
                 writer.write(_frame(command))
-                return (await _read(reader))[0]
+                return (await _read(reader, _decode_answer))[0]
         return None
 
     async def forward(self, worker: int, scope: Scope, connection: Connection) -> Outcome:
@@ -200,9 +266,8 @@ class Peers:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_close_when_gone, connection, writer)
                 try:
-                    fields = {name: scope[name] for name in _SCOPE_FIELDS if scope.get(name) is not None}
-                    fields["client"], fields["server"] = scope.get("client"), scope.get("server")
-                    writer.write(_frame(("request", fields, connection.body)))
+                    fields = {name: scope[name] for name in _Scope.__struct_fields__ if scope.get(name) is not None}
+                    writer.write(_frame(_Request(_Scope(**fields), connection.body)))
                     await writer.drain()
                     outcome = await self._relay(worker, reader, connection)
                 except (OSError, EOFError):
@@ -212,25 +277,25 @@ class Peers:
         return outcome
 
     async def _relay(self, worker: int, reader: asyncio.StreamReader, connection: Connection) -> Outcome:
-        first = asyncio.ensure_future(_read(reader))
+        first = asyncio.ensure_future(_read(reader, _decode_first))
         try:
             while not (await asyncio.wait({first}, timeout=_SILENCE_S))[0]:
                 if not await self.answers(worker):
                     return Outcome.SILENT
         finally:
             first.cancel()
-        kind, *rest = first.result()
-        if kind == "again":
+        begun = first.result()
+        if isinstance(begun, _Again):
             return Outcome.AGAIN
-        start: Message = {"type": "http.response.start", "status": rest[0], "headers": rest[1]}
-        if _is_stream(rest[1]):
+        start: Message = {"type": "http.response.start", "status": begun.status, "headers": begun.headers}
+        if _is_stream(begun.headers):
             await connection.send(start)
         while not (connection.finished or connection.ended):
-            _, body, more = await _read(reader)
+            part = await _read(reader, _decode_body)
             if not connection.status:
                 # Anything but a stream comes at once, or not at all; then nothing of it has gone out.
                 await connection.send(start)
-            await connection.send({"type": "http.response.body", "body": body, "more_body": more})
+            await connection.send({"type": "http.response.body", "body": part.body, "more_body": part.more})
         return Outcome.DONE
 
     # Serving.
@@ -240,16 +305,15 @@ class Peers:
         assert task is not None
         self._serving.add(task)
         try:
-            command, *arguments = await _read(reader)
-            if command == "request":
-                await self._serve(arguments[0], arguments[1], reader, writer)
-            elif command == "end":
-                self._host.end_connections(*arguments)
+            command = await _read(reader, _decode_command)
+            if isinstance(command, _Request):
+                await self._serve(command, reader, writer)
+            elif isinstance(command, _End):
+                self._host.end_connections(command.name, command.older_than_ns)
                 writer.write(_frame((True,)))
-            elif command == "reading":
-                writer.write(_frame((self._host.is_reading(*arguments),)))
-            elif command == "ping":
-                writer.write(_frame((True,)))
+            else:
+                answer = self._host.is_reading(command.token) if isinstance(command, _Reading) else True
+                writer.write(_frame((answer,)))
             await writer.drain()
         except (OSError, EOFError):
             # The other worker is gone, or its client: nobody is left to tell.
@@ -261,17 +325,12 @@ class Peers:
             self._serving.discard(task)
             writer.close()
 
-    async def _serve(
-        self, fields: dict[str, Any], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve(self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         call = PeerCall()
         scope: Scope = {
-            **fields,
+            **msgspec.structs.asdict(request.scope),
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "headers": [(bytes(name), bytes(value)) for name, value in fields["headers"]],
-            "client": fields["client"] and tuple(fields["client"]),
-            "server": fields["server"] and tuple(fields["server"]),
             "state": dict(self._state or {}),
             CALL_KEY: call,
         }
@@ -281,7 +340,7 @@ class Peers:
             nonlocal given
             if not given:
                 given = True
-                return {"type": "http.request", "body": body, "more_body": False}
+                return {"type": "http.request", "body": request.body, "more_body": False}
             with contextlib.suppress(OSError):
                 await reader.read(1)
             return {"type": "http.disconnect"}
@@ -291,9 +350,9 @@ class Peers:
                 return
             if message["type"] == "http.response.start":
                 headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-                writer.write(_frame(("start", message["status"], headers)))
+                writer.write(_frame(_Start(message["status"], headers)))
             else:
-                writer.write(_frame(("body", bytes(message.get("body", b"")), message.get("more_body", False))))
+                writer.write(_frame(_Body(bytes(message.get("body", b"")), message.get("more_body", False))))
             with contextlib.suppress(OSError):
                 await writer.drain()
 
@@ -302,7 +361,7 @@ class Peers:
         except Exception:
             logger.exception("a request that another worker passed on failed")
         if call.again:
-            writer.write(_frame(("again",)))
+            writer.write(_frame(_Again()))
 
 
 async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter) -> None:
@@ -321,13 +380,17 @@ def _frame(items: Any) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def _read(reader: asyncio.StreamReader) -> Any:
+async def _read(reader: asyncio.StreamReader, decode: Callable[[bytes], _T]) -> _T:
     """Return the next frame.
 
     Raises:
-        EOFError: There is none.
+        EOFError: There is none, or none that is known.
     """
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if length > _MAX_FRAME_BYTES:
         raise EOFError(f"a frame of {length} bytes is none of ours")
-    return _decode(await reader.readexactly(length))
+    body = await reader.readexactly(length)
+    try:
+        return decode(body)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise EOFError(f"a frame that is none of ours: {error}") from error
