@@ -37,6 +37,7 @@ from crash_fuzz_files import FILE_TARGETS
 from crash_fuzz_imports import IMPORT_TARGETS
 from crash_fuzz_inputs import Input, Target
 from crash_fuzz_records import RECORD_TARGETS
+from crash_fuzz_settings import SETTING_TARGETS
 from crash_fuzz_stores import STORE_TARGETS
 from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
@@ -50,7 +51,7 @@ TARGETS: Final[Mapping[str, type[Target]]] = {
         *NAME_TARGETS,
         *PEER_TARGETS,
         *HTTP_TARGETS,
-        *STORE_TARGETS,
+        *SETTING_TARGETS, *STORE_TARGETS,
     )
 }
 ALL: Final = "all"
