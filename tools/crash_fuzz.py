@@ -51,7 +51,8 @@ TARGETS: Final[Mapping[str, type[Target]]] = {
         *NAME_TARGETS,
         *PEER_TARGETS,
         *HTTP_TARGETS,
-        *SETTING_TARGETS, *STORE_TARGETS,
+        *SETTING_TARGETS,
+        *STORE_TARGETS,
     )
 }
 ALL: Final = "all"
@@ -318,10 +319,10 @@ def _bound_memory(growth: int) -> None:
 
 
 class _LogCheck(logging.Handler):
-    """Sees to it that whatever is logged can be written to a file."""
+    """Sees to it that whatever is logged can be written to a file; paths that are no text are as Python has them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.getMessage().encode()
+        record.getMessage().encode(errors="surrogateescape")
         if record.exc_info is not None and record.exc_info[1] is not None:
             raise BrokenPromiseError(f"logged with a traceback: {record.getMessage()}") from record.exc_info[1]
 

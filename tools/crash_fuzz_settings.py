@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from click.testing import CliRunner
 
-from crash_fuzz_inputs import Input, Target, memory_folder
+from crash_fuzz_inputs import Input, Target, damaged, memory_folder
 from crash_kill import BrokenPromiseError
 from logstore import create_event_store, get_config, run_maintenance_tasks
 from logstore.cli import main
@@ -149,7 +149,9 @@ class EnvironmentTarget(Target):
                 raise BrokenPromiseError(f"with {config} an event is not replayed")
         if config.persistent:
             results = await run_maintenance_tasks(settings["db_path"], settings)
-            problems = {task: done["error"] for task, done in results.items() if isinstance(done, dict) and done.get("error")}
+            problems = {
+                task: done["error"] for task, done in results.items() if isinstance(done, dict) and done.get("error")
+            }
             if problems or not results["validation"]["valid"]:
                 raise BrokenPromiseError(f"with {config} maintenance fails: {problems}, {results['validation']}")
 
@@ -189,21 +191,27 @@ class PathsTarget(Target):
 
     def __init__(self) -> None:
         self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
-        asyncio.run(self._fill(self._home / "store" / "events.db"))
-        CliRunner().invoke(main, ["backup", str(self._home / "store" / "events.db")])
-        self._folder = self._home / "work"
+        for _ in range(2):
+            asyncio.run(self._fill(self._home / "store" / "events.db"))
+            CliRunner().invoke(main, ["backup", str(self._home / "store" / "events.db")])
+        # Not every folder has a name that is text.
+        self._folder = self._home / os.fsdecode(b"w\xffrk")
 
     @staticmethod
     async def _fill(path: Path) -> None:
         async with Log(path) as log:
             await log.append("s", b'{"method":"m"}')
 
-    def _prepare(self) -> None:
-        """Put a store in the working folder, and things that are none."""
+    def _prepare(self, rng: random.Random) -> None:
+        """Put a store in the working folder, perhaps a damaged one, and things that are none."""
         os.chdir("/")
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.copytree(self._home / "store", self._folder)
         os.chdir(self._folder)
+        if rng.random() < 0.4:
+            files = sorted(each for each in Path().rglob("*") if each.is_file() and each.stat().st_size)
+            victim = rng.choice(files)
+            victim.write_bytes(damaged(victim.read_bytes(), rng))
         Path("folder.db").mkdir()
         Path("garbage").write_bytes(b"\x00garbage\xff" * 99)
         Path("empty.db").touch()
@@ -216,16 +224,34 @@ class PathsTarget(Target):
         theirs.close()
 
     def draw(self, rng: random.Random) -> Input:
-        there = (b"events.db", b"folder.db", b"garbage", b"empty.db", b"loop.db", b"dangling.db", b"link.db", b"theirs.db")
-        log = (b"events-log", b"events-log/registry.log", b"events-log/lanes", b"events-backups", b"events-log/store.lock")
-        name = rng.choice((rng.choice(NAMES), rng.choice(there), rng.choice(log)))
+        there = (
+            b"events.db",
+            b"folder.db",
+            b"garbage",
+            b"empty.db",
+            b"loop.db",
+            b"dangling.db",
+            b"link.db",
+            b"theirs.db",
+        )
+        log = (
+            b"events-log",
+            b"events-log/registry.log",
+            b"events-log/lanes",
+            b"events-backups",
+            b"events-log/store.lock",
+        )
+        name = rng.choice((rng.choice(NAMES), rng.choice(there), rng.choice(log), b"events.db"))
         if rng.random() < 0.2:
             name = rng.choice((b"garbage/", b"folder.db/", b"loop.db/", b"./", b"new/")) + name
-        return Input(name, False, (rng.randrange(len(_COMMANDS)),))
+        return Input(name, False, (rng.randrange(len(_COMMANDS)), rng.getrandbits(32)))
 
     def feed(self, given: Input) -> bool:
-        self._prepare()
+        rng = random.Random(given.numbers[1])
+        self._prepare(rng)
         path = os.fsdecode(given.data)
+        if rng.random() < 0.5:
+            path = os.path.join(self._folder, path)
         arguments = [path if each == "P" else each for each in _COMMANDS[given.numbers[0]]]
         done = CliRunner().invoke(main, arguments)
         if done.exception is not None and not isinstance(done.exception, SystemExit):
