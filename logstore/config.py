@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,10 @@ from logstore.errors import ConfigurationError
 from logstore.storage.options import MIB, Durability, LogOptions, Retention, WriteFailurePolicy
 
 _DAY_S: Final = 86_400
+_LONGEST_SHOWN: Final = 200
+_MOST_DAYS: Final = 36_500
+_MOST: Final = 10**15
+"""Bounds that nobody reaches, and that dates and SQLite can be asked for."""
 DEFAULT_DB_PATH: Final = "InternalStorage/events.db"
 MEMORY_DB_PATH: Final = ":memory:"
 """A persistent store in a private folder that is made at first use and removed at close or exit."""
@@ -60,7 +63,7 @@ class EventStoreConfig:
         for name, setting in _SETTINGS.items():
             value = getattr(self, name)
             if not setting.accepts(value):
-                raise ConfigurationError(f"{name} must be {setting.allowed}, not {value!r}")
+                raise ConfigurationError(f"{name} must be {setting.allowed}, not {_shown(value)}")
 
     def log_options(self) -> LogOptions:
         """Return what the log engine needs of these settings."""
@@ -127,12 +130,12 @@ def _switch(variable: str) -> _Setting:
     )
 
 
-def _whole(variable: str, least: int, unit: str) -> _Setting:
+def _whole(variable: str, least: int, unit: str, most: int = _MOST) -> _Setting:
     return _Setting(
         variable,
         int,
-        lambda value: type(value) is int and value >= least,
-        f"a whole number of {unit}, {least} or more",
+        lambda value: type(value) is int and least <= value <= most,
+        f"a whole number of {unit}, {least} to {most}",
     )
 
 
@@ -140,9 +143,18 @@ def _seconds(variable: str) -> _Setting:
     return _Setting(
         variable,
         float,
-        lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0.001,
-        "a number of seconds, 0.001 or more",
+        lambda value: type(value) in (int, float) and 0.001 <= value <= _MOST_DAYS * _DAY_S,
+        f"a number of seconds, 0.001 to {_MOST_DAYS * _DAY_S}",
     )
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:
+        # Python writes out no integer of some thousands of digits.
+        return "a number of too many digits"
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
 
 
 def _is_path(value: object) -> bool:
@@ -162,13 +174,13 @@ _SETTINGS: Final[Mapping[str, _Setting]] = {
         "the path of a file, or :memory:",
     ),
     "max_events_per_stream": _whole("EVENT_STORE_MAX_EVENTS", 1, "events"),
-    "retention_days": _whole("EVENT_STORE_RETENTION_DAYS", 1, "days"),
+    "retention_days": _whole("EVENT_STORE_RETENTION_DAYS", 1, "days", _MOST_DAYS),
     "max_bytes": _whole("EVENT_STORE_MAX_BYTES", 0, "bytes"),
     "memory_cache_size": _whole("EVENT_STORE_CACHE_SIZE", 0, "events"),
     "memory_cache_bytes": _whole("EVENT_STORE_CACHE_BYTES", MIB, "bytes"),
     "backup_enabled": _switch("EVENT_STORE_BACKUP_ENABLED"),
-    "backup_interval_hours": _whole("EVENT_STORE_BACKUP_INTERVAL", 1, "hours"),
-    "backup_retention_days": _whole("EVENT_STORE_BACKUP_RETENTION", 1, "days"),
+    "backup_interval_hours": _whole("EVENT_STORE_BACKUP_INTERVAL", 1, "hours", 24 * _MOST_DAYS),
+    "backup_retention_days": _whole("EVENT_STORE_BACKUP_RETENTION", 1, "days", _MOST_DAYS),
     "durability": _choice("EVENT_STORE_DURABILITY", get_args(Durability)),
     "maintenance_interval_s": _seconds("EVENT_STORE_MAINTENANCE_INTERVAL"),
     "sync_interval_s": _seconds("EVENT_STORE_SYNC_INTERVAL"),
@@ -223,6 +235,6 @@ def _config_from(environment: Mapping[str, str]) -> EventStoreConfig:
         except (ValueError, KeyError):
             value = None
         if not setting.accepts(value):
-            raise ConfigurationError(f"{setting.variable} must be {setting.allowed}, not {text!r}")
+            raise ConfigurationError(f"{setting.variable} must be {setting.allowed}, not {_shown(text)}")
         found[name] = value
     return config_of(found)

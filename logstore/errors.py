@@ -103,7 +103,9 @@ class DamageError(LogstoreError):
     """
 
     def __init__(self, path: Path, offset: int, length: int, reason: str) -> None:
-        super().__init__(f"{path}: {length} damaged bytes at offset {offset}: {reason}")
+        # A path need not be text, and what is damaged is noted where only text can be.
+        shown = str(path).encode(errors="backslashreplace").decode()
+        super().__init__(f"{shown}: {length} damaged bytes at offset {offset}: {reason}")
         self.path = path
         self.offset = offset
         self.length = length

@@ -34,13 +34,24 @@ from crash_fuzz_files import FILE_TARGETS
 from crash_fuzz_http import HTTP_TARGETS
 from crash_fuzz_imports import IMPORT_TARGETS
 from crash_fuzz_inputs import Input, Target
+from crash_fuzz_names import NAME_TARGETS
+from crash_fuzz_peers import PEER_TARGETS
 from crash_fuzz_records import RECORD_TARGETS
-from crash_fuzz_stores import STORE_TARGETS
+from crash_fuzz_settings import SETTING_TARGETS
 from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
 TARGETS: Final[Mapping[str, type[Target]]] = {
-    target.name: target for target in (*FILE_TARGETS, *RECORD_TARGETS, *IMPORT_TARGETS, *HTTP_TARGETS, *STORE_TARGETS)
+    target.name: target
+    for target in (
+        *FILE_TARGETS,
+        *RECORD_TARGETS,
+        *IMPORT_TARGETS,
+        *NAME_TARGETS,
+        *PEER_TARGETS,
+        *HTTP_TARGETS,
+        *SETTING_TARGETS,
+    )
 }
 ALL: Final = "all"
 
@@ -306,10 +317,10 @@ def _bound_memory(growth: int) -> None:
 
 
 class _LogCheck(logging.Handler):
-    """Sees to it that whatever is logged can be written to a file."""
+    """Sees to it that whatever is logged can be written to a file; paths that are no text are as Python has them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.getMessage().encode()
+        record.getMessage().encode(errors="surrogateescape")
         if record.exc_info is not None and record.exc_info[1] is not None:
             raise BrokenPromiseError(f"logged with a traceback: {record.getMessage()}") from record.exc_info[1]
 

@@ -481,7 +481,7 @@ class DumpTarget(Target):
         path.write_bytes(given.data)
         end, whole = 0, False
         for each in dump(path):
-            if each.what != "batch" and each.what != "seal":
+            if each.what not in ("batch", "seal"):
                 if each.offset < end:
                     raise BrokenPromiseError(f"dump goes back from {end} to {each.offset}")
                 end = each.offset + each.size

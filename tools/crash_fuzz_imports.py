@@ -118,7 +118,7 @@ class ExportTarget(Target):
 
     def feed(self, given: Input) -> bool:
         whole = self._read(io.BytesIO(given.data))
-        pieces = self._read(_Pieces(given.data, given.numbers[0]))  # type: ignore[arg-type]
+        pieces = self._read(_Pieces(given.data, given.numbers[0]))
         if whole[0] != pieces[0] or (whole[1] is None) != (pieces[1] is None):
             raise BrokenPromiseError(f"read in pieces of {given.numbers[0]} it is something else: {whole}; {pieces}")
         return bool(whole[0])
@@ -155,7 +155,7 @@ class DatabaseTarget(Target):
     def feed(self, given: Input) -> bool:
         self._path.write_bytes(given.data)
         with contextlib.closing(ImportSource(self._path)) as source:
-            return any([check_found(each) for each in source.events()])
+            return any([check_found(each) for each in source.events()])  # noqa: C419
 
     def close(self) -> None:
         shutil.rmtree(self._folder)
@@ -167,7 +167,8 @@ _ORIGINAL: Final = (
 _PERSIST: Final = "CREATE TABLE mcp_events (event_id TEXT, stream_id TEXT, payload TEXT, created_at REAL)"
 _COLUMNS: Final = "event_id, stream_id, message_json, timestamp, created_at"
 _ODD: Final = (
-    f"CREATE TABLE events ({_COLUMNS}, PRIMARY KEY (event_id)) WITHOUT ROWID; INSERT INTO events VALUES (1, 2, 3, 4, 5)",
+    f"CREATE TABLE events ({_COLUMNS}, PRIMARY KEY (event_id)) WITHOUT ROWID; "
+    "INSERT INTO events VALUES (1, 2, 3, 4, 5)",
     f"CREATE TABLE events (rowid TEXT, oid TEXT, _rowid_ TEXT, {_COLUMNS}); INSERT INTO events (event_id) VALUES (1)",
     "CREATE TABLE events (event_id, stream_id, timestamp); INSERT INTO events VALUES (1, 2, '2026-01-31'); "
     "ALTER TABLE events ADD COLUMN message_json AS (hex(zeroblob(400000000)))",
@@ -259,7 +260,7 @@ class LongJsonTarget(Target):
 
     def feed(self, given: Input) -> bool:
         with contextlib.closing(ImportSource(io.BytesIO(given.data))) as source:
-            return any([isinstance(each, Found) for each in source.events()])
+            return any([isinstance(each, Found) for each in source.events()])  # noqa: C419
 
 
 _LONG: Final[tuple[Callable[[int], bytes], ...]] = (

@@ -66,8 +66,8 @@ class Target(ABC):
             Exception: The parser crashed.
         """
 
-    def close(self) -> None:
-        """Give back what was opened."""
+    def close(self) -> None:  # noqa: B027
+        """Give back what was opened; most open nothing."""
 
 
 def memory_folder() -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from logstore.cli.output import ProgressLine, StorePath, json_option, say_figures, say_json, say_table, size
+from logstore.cli.output import Days, ProgressLine, StorePath, json_option, say_figures, say_json, say_table, size
 
 if TYPE_CHECKING:
     from logstore.ops.backup.pool import FolderTarget
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--delete-older-than",
     "delete_days",
-    type=click.FloatRange(min=0),
+    type=Days,
     metavar="DAYS",
     help="Then remove backups that are older; the newest whole one stays.",
 )

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from logstore.cli.output import ProgressLine, StorePath, json_option, say_figures, say_json, say_table, size
+from logstore.cli.output import (
+    Count,
+    Days,
+    ProgressLine,
+    StorePath,
+    json_option,
+    say_figures,
+    say_json,
+    say_table,
+    size,
+)
 
 
 @click.command(
@@ -15,9 +25,9 @@ from logstore.cli.output import ProgressLine, StorePath, json_option, say_figure
     "  logstore compact InternalStorage/events.db --max-events 1000 --max-bytes 10000000000",
 )
 @click.argument("db", type=StorePath)
-@click.option("--retention-days", type=click.FloatRange(min=0), metavar="N", help="Drop events that are older.")
-@click.option("--max-events", type=click.IntRange(min=1), metavar="N", help="Events of a stream to keep.")
-@click.option("--max-bytes", type=click.IntRange(min=1), metavar="N", help="Bytes of segments to keep.")
+@click.option("--retention-days", type=Days, metavar="N", help="Drop events that are older.")
+@click.option("--max-events", type=Count, metavar="N", help="Events of a stream to keep.")
+@click.option("--max-bytes", type=Count, metavar="N", help="Bytes of segments to keep.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be dropped.")
 @json_option
 def command(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from logstore.cli.output import StorePath, event_id, json_option
+from logstore.cli.output import Count, StorePath, event_id, json_option
 
 
 @click.command(
@@ -20,7 +20,7 @@ from logstore.cli.output import StorePath, event_id, json_option
 @click.option(
     "--after", callback=event_id, metavar="ID", default="0", help="Begin after this event, not with the oldest."
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most events to print.")
+@click.option("--limit", type=Count, metavar="N", help="Most events to print.")
 @json_option
 def command(db: Path, stream: str, after: int, limit: int | None, *, as_json: bool) -> None:
     """Print the events of a stream, oldest first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import sys
 import time
@@ -24,6 +25,24 @@ _LINE_WITHOUT_TERMINAL: Final = 200
 
 StorePath: Final = click.Path(dir_okay=True, path_type=Path)
 """The type of a `DB` argument: the catalogue of a store."""
+
+
+Count: Final = click.IntRange(1, 10**15)
+"""The type of an option that takes how many of something."""
+
+
+class _Days(click.FloatRange):
+    """Takes an age in days; what is no number at all is in no range, and out of none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        days = super().convert(value, param, ctx)
+        if math.isnan(days):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return days
+
+
+Days: Final = _Days(0, 36_500)
+"""The type of an option that takes an age in days."""
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from logstore.cli.output import StorePath, ago, json_option, say_json, say_table, short_time, shown
+from logstore.cli.output import Count, StorePath, ago, json_option, say_json, say_table, short_time, shown
 
 if TYPE_CHECKING:
     from logstore.ops.statistics_index import StreamFigures
@@ -36,7 +36,7 @@ _ORDERS: Final[dict[str, Callable[[StreamFigures], Any]]] = {
     show_default=True,
     help="The stream with the newest event first, or with the most events or bytes, or by name.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most streams to print.")
+@click.option("--limit", type=Count, metavar="N", help="Most streams to print.")
 @json_option
 def command(db: Path, like: str, sort: str, limit: int | None, *, as_json: bool) -> None:
     """List the streams of a store, with how much each holds.

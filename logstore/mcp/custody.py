@@ -257,7 +257,7 @@ class Custody:
         now_ns = time.time_ns()
         self._connections.end(live.scope.prefix, now_ns)
         if self.peers is not None:
-            await self.peers.tell_all("end", live.scope.prefix, now_ns)
+            await self.peers.end_everywhere(live.scope.prefix, now_ns)
 
     async def let_go(self, live: LiveSession) -> bool:
         """Stop serving a session in which nothing runs, for whoever is asked for it next; return whether it is gone."""
@@ -297,10 +297,8 @@ class Custody:
             return
         since_s = time.monotonic() - self._options.session_idle_s
         idle = [live for live in self.live.values() if self._is_idle(live, since_s)]
-        answers = (
-            await self.peers.tell_all("reading", [live.scope.token for live in idle]) if idle and self.peers else []
-        )
-        read = {token for tokens in answers for token in tokens}
+        tokens = [live.scope.token for live in idle]
+        read = await self.peers.read_elsewhere(tokens) if tokens and self.peers else set[str]()
         for live in idle:
             if live.scope.token in read:
                 live.used_s = time.monotonic()

@@ -364,7 +364,7 @@ class ResumeLayer:
     async def _end_everywhere(self, name: str, older_than_ns: int) -> None:
         self.end_connections(name, older_than_ns)
         if self.custody.peers is not None:
-            await self.custody.peers.tell_all("end", name, older_than_ns)
+            await self.custody.peers.end_everywhere(name, older_than_ns)
 
     # What other workers ask.
 

@@ -24,15 +24,16 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import anyio
 import msgspec
 from starlette.types import ASGIApp, Message, Scope
 
 from logstore.mcp.connections import Connection
+from logstore.storage.ids import parse_event_id
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -55,10 +56,70 @@ _BACKLOG: Final = 4096
 """Connections that wait to be accepted; asyncio's 100 are fewer than a busy balancer sends at once."""
 _FINISH_S: Final = 2.0
 """What the responses that have begun may hold up the end of this worker's socket."""
-_SCOPE_FIELDS: Final = ("method", "path", "raw_path", "query_string", "root_path", "scheme", "http_version", "headers")
+
+_Address = tuple[str, int | None] | None
+_T = TypeVar("_T")
+
+
+class _Scope(msgspec.Struct, omit_defaults=True):
+    """What of a request's ASGI scope is passed on."""
+
+    method: str
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    raw_path: bytes | None = None
+    query_string: bytes = b""
+    root_path: str = ""
+    scheme: str = "http"
+    http_version: str = "1.1"
+    client: _Address = None
+    server: _Address = None
+
+
+class _Request(msgspec.Struct, array_like=True, tag="request"):
+    scope: _Scope
+    body: bytes
+
+
+class _End(msgspec.Struct, array_like=True, tag="end"):
+    name: str
+    older_than_ns: int
+
+
+class _Reading(msgspec.Struct, array_like=True, tag="reading"):
+    tokens: Sequence[str]
+
+
+class _Ping(msgspec.Struct, array_like=True, tag="ping"):
+    pass
+
+
+class _Start(msgspec.Struct, array_like=True, tag="start"):
+    status: Annotated[int, msgspec.Meta(ge=100, le=999)]
+    headers: list[tuple[bytes, bytes]]
+
+
+class _Body(msgspec.Struct, array_like=True, tag="body"):
+    body: bytes
+    more: bool
+
+
+class _Begun(msgspec.Struct, array_like=True, tag="begun"):
+    pass
+
+
+class _Again(msgspec.Struct, array_like=True, tag="again"):
+    stopping: bool
+
+
+_Command = _End | _Reading | _Ping
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder().decode
+# Another release may be at the other end, and whoever may write to the folder: nothing is taken for what it is not.
+_decode_command = msgspec.msgpack.Decoder(_Request | _End | _Reading | _Ping).decode
+_decode_first = msgspec.msgpack.Decoder(_Begun | _Start | _Again).decode
+_decode_body = msgspec.msgpack.Decoder(_Body).decode
+_decode_answer = msgspec.msgpack.Decoder(tuple[bool | list[str]]).decode
 
 
 class Outcome(enum.Enum):
@@ -70,6 +131,10 @@ class Outcome(enum.Enum):
     UNREACHABLE = "nobody listens there; nothing was done"
     LOST = "the worker, or the client, went away before the end of the answer; the request may have been served"
     SILENT = "the worker has the request and does not react"
+
+
+class _NoFrameError(EOFError):
+    """What came is no frame that this release knows."""
 
 
 class PeerCall:
@@ -160,9 +225,10 @@ class Peers:
             self._fd = -1
 
     def others(self) -> list[int]:
-        """Return the names of the other workers whose sockets are there, of dead ones too."""
+        """Return the names of the other workers whose sockets are there, of dead ones too; they are ids."""
         names = (path.stem for path in self._folder.glob(f"*{_SUFFIX}"))
-        return [int(name) for name in names if name.isdigit() and int(name) != self._own]
+        workers = [worker for name in names if (worker := parse_event_id(name)) is not None]
+        return [worker for worker in workers if worker != self._own]
 
     def is_listed(self, worker: int) -> bool:
         """Whether a worker's socket is there."""
@@ -202,21 +268,30 @@ class Peers:
 
     # Asking.
 
-    async def tell_all(self, *command: Any) -> list[Any]:
+    async def end_everywhere(self, name: str, older_than_ns: int) -> None:
+        """Have every other worker end the connections of a stream that began before a time."""
+        await self._tell_all(_End(name, older_than_ns))
+
+    async def read_elsewhere(self, tokens: Sequence[str]) -> set[str]:
+        """Return those of some sessions of which connections are open at another worker."""
+        answers = await self._tell_all(_Reading(tokens))
+        return {token for answer in answers if isinstance(answer, list) for token in answer}
+
+    async def _tell_all(self, command: _Command) -> list[bool | list[str]]:
         """Give every other worker a command and return the answers of those that answer soon."""
-        answers = await asyncio.gather(*(self._ask(worker, _ASK_S, *command) for worker in self.others()))
+        answers = await asyncio.gather(*(self._ask(worker, _ASK_S, command) for worker in self.others()))
         return [answer for answer in answers if answer is not None]
 
     async def answers(self, worker: int) -> bool:
         """Whether another worker reacts."""
-        return await self._ask(worker, _SILENCE_S, "ping") is not None
+        return await self._ask(worker, _SILENCE_S, _Ping()) is not None
 
-    async def _ask(self, worker: int, patience_s: float, *command: Any) -> Any:
+    async def _ask(self, worker: int, patience_s: float, command: _Command) -> bool | list[str] | None:
         with anyio.move_on_after(patience_s), contextlib.suppress(OSError, EOFError):
             reader, writer = await self._connect(worker)
             with contextlib.closing(writer):
                 writer.write(_frame(command))
-                return (await _read(reader))[0]
+                return (await _read(reader, _decode_answer))[0]
         return None
 
     async def forward(self, worker: int, scope: Scope, connection: Connection) -> Outcome:
@@ -230,50 +305,53 @@ class Peers:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_close_when_gone, connection, writer, gone)
                 try:
-                    fields = {name: scope[name] for name in _SCOPE_FIELDS if scope.get(name) is not None}
-                    fields["client"], fields["server"] = scope.get("client"), scope.get("server")
-                    writer.write(_frame(("request", fields, connection.body)))
+                    fields = {name: scope[name] for name in _Scope.__struct_fields__ if scope.get(name) is not None}
+                    writer.write(_frame(_Request(_Scope(**fields), connection.body)))
                     await writer.drain()
                     outcome = await self._relay(worker, reader, connection, begun)
-                except (OSError, EOFError):
-                    # Whoever reads the response sees its end. One whose client went away may still begin there.
-                    outcome = Outcome.LOST if begun.is_set() or gone.is_set() else Outcome.AGAIN
+                except (OSError, EOFError) as error:
+                    # Whoever reads the response sees its end. One whose client went away may still begin there, and
+                    # what another release does is not known.
+                    may_have_begun = begun.is_set() or gone.is_set() or isinstance(error, _NoFrameError)
+                    outcome = Outcome.LOST if may_have_begun else Outcome.AGAIN
                 tasks.cancel_scope.cancel()
         return outcome
 
     async def _relay(
         self, worker: int, reader: asyncio.StreamReader, connection: Connection, begun: asyncio.Event
     ) -> Outcome:
-        kind, *rest = await self._first(worker, reader)
-        if kind == "begun":
+        first = await self._first(worker, reader)
+        if isinstance(first, _Begun):
             begun.set()
-            kind, *rest = await self._first(worker, reader)
-        if kind == "again":
-            return Outcome.STOPPING if rest[0] else Outcome.AGAIN
-        if kind == "silent":
+            first = await self._first(worker, reader)
+        if isinstance(first, _Again):
+            return Outcome.STOPPING if first.stopping else Outcome.AGAIN
+        if first is None:
             return Outcome.SILENT
+        if isinstance(first, _Begun):
+            raise _NoFrameError("a request begins twice")
         begun.set()
-        start: Message = {"type": "http.response.start", "status": rest[0], "headers": rest[1]}
-        if _is_stream(rest[1]):
+        start: Message = {"type": "http.response.start", "status": first.status, "headers": first.headers}
+        if _is_stream(first.headers):
             await connection.send(start)
         while not (connection.finished or connection.ended):
-            _, body, more = await _read(reader)
+            part = await _read(reader, _decode_body)
             if not connection.status:
                 # Anything but a stream comes at once, or not at all; then nothing of it has gone out.
                 await connection.send(start)
-            await connection.send({"type": "http.response.body", "body": body, "more_body": more})
+            await connection.send({"type": "http.response.body", "body": part.body, "more_body": part.more})
         return Outcome.DONE
 
-    async def _first(self, worker: int, reader: asyncio.StreamReader) -> Any:
-        """Return the next frame, `["silent"]` when there is none and the other worker does not react."""
-        first = asyncio.ensure_future(_read(reader))
+    async def _first(self, worker: int, reader: asyncio.StreamReader) -> _Begun | _Start | _Again | None:
+        """Return the next frame, None when there is none and the other worker does not react."""
+        first: asyncio.Future[_Begun | _Start | _Again] = asyncio.ensure_future(_read(reader, _decode_first))
         try:
             while not (await asyncio.wait({first}, timeout=_SILENCE_S))[0]:
                 if not await self.answers(worker):
-                    return ["silent"]
+                    return None
+            return first.result()
         finally:
             first.cancel()
-        return first.result()
 
     # Serving.
 
@@ -282,17 +360,16 @@ class Peers:
         assert task is not None
         self._serving[task] = None
         try:
-            command, *arguments = await _read(reader)
-            if command == "request":
-                call = self._serving[task] = PeerCall(lambda: writer.write(_frame(("begun",))))
-                await self._serve(call, arguments[0], arguments[1], reader, writer)
-            elif command == "end":
-                self._host.end_connections(*arguments)
+            command = await _read(reader, _decode_command)
+            if isinstance(command, _Request):
+                call = self._serving[task] = PeerCall(lambda: writer.write(_frame(_Begun())))
+                await self._serve(call, command, reader, writer)
+            elif isinstance(command, _End):
+                self._host.end_connections(command.name, command.older_than_ns)
                 writer.write(_frame((True,)))
-            elif command == "reading":
-                writer.write(_frame((self._host.reading(*arguments),)))
-            elif command == "ping":
-                writer.write(_frame((True,)))
+            else:
+                answer = self._host.reading(command.tokens) if isinstance(command, _Reading) else True
+                writer.write(_frame((answer,)))
             await writer.drain()
         except (OSError, EOFError):
             # The other worker is gone, or its client: nobody is left to tell.
@@ -305,20 +382,12 @@ class Peers:
             writer.close()
 
     async def _serve(
-        self,
-        call: PeerCall,
-        fields: dict[str, Any],
-        body: bytes,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        self, call: PeerCall, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         scope: Scope = {
-            **fields,
+            **msgspec.structs.asdict(request.scope),
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "headers": [(bytes(name), bytes(value)) for name, value in fields["headers"]],
-            "client": fields["client"] and tuple(fields["client"]),
-            "server": fields["server"] and tuple(fields["server"]),
             "state": dict(self._state or {}),
             CALL_KEY: call,
         }
@@ -328,7 +397,7 @@ class Peers:
             nonlocal given
             if not given:
                 given = True
-                return {"type": "http.request", "body": body, "more_body": False}
+                return {"type": "http.request", "body": request.body, "more_body": False}
             with contextlib.suppress(OSError):
                 await reader.read(1)
             return {"type": "http.disconnect"}
@@ -338,9 +407,9 @@ class Peers:
                 return
             if message["type"] == "http.response.start":
                 headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-                writer.write(_frame(("start", message["status"], headers)))
+                writer.write(_frame(_Start(message["status"], headers)))
             else:
-                writer.write(_frame(("body", bytes(message.get("body", b"")), message.get("more_body", False))))
+                writer.write(_frame(_Body(bytes(message.get("body", b"")), message.get("more_body", False))))
             with contextlib.suppress(OSError):
                 await writer.drain()
 
@@ -351,7 +420,7 @@ class Peers:
             # It would fail again.
             call.begin()
         if call.again:
-            writer.write(_frame(("again", call.stopping)))
+            writer.write(_frame(_Again(call.stopping)))
 
 
 async def _close_when_gone(connection: Connection, writer: asyncio.StreamWriter, gone: asyncio.Event) -> None:
@@ -370,13 +439,17 @@ def _frame(items: Any) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def _read(reader: asyncio.StreamReader) -> Any:
+async def _read(reader: asyncio.StreamReader, decode: Callable[[bytes], _T]) -> _T:
     """Return the next frame.
 
     Raises:
-        EOFError: There is none.
+        EOFError: There is none; a `_NoFrameError` when it is none that is known.
     """
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     if length > _MAX_FRAME_BYTES:
-        raise EOFError(f"a frame of {length} bytes is none of ours")
-    return _decode(await reader.readexactly(length))
+        raise _NoFrameError(f"a frame of {length} bytes is none of ours")
+    body = await reader.readexactly(length)
+    try:
+        return decode(body)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _NoFrameError(f"a frame that is none of ours: {error}") from error

@@ -94,14 +94,18 @@ def request_id_of(name: str) -> RequestId | None:
     """Return the id of the request that a session's stream belongs to.
 
     Returns:
-        None for the standalone stream, and for an id so long that the name holds a hash of it.
+        None for the standalone stream, for an id so long that the name holds a hash of it, and for a name that no
+        session made.
     """
     escaped = name.partition("/")[2]
     if escaped.startswith(_TEXT):
         return escaped.removeprefix(_TEXT)
     if escaped == STANDALONE_STREAM or escaped.startswith(_HASHED):
         return None
-    stream_id = unquote(escaped, errors="surrogatepass")
+    try:
+        stream_id = unquote(escaped, errors="surrogatepass")
+    except UnicodeDecodeError:
+        return None
     return int(stream_id) if _NUMBER.fullmatch(stream_id) else stream_id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sqlite3
@@ -131,10 +132,15 @@ def _note(store: OpenStore, task: str, started: str, result: Mapping[str, Any]) 
         with store.changing_catalogue(store.catalogue.inode) as catalogue:
             catalogue.connection.execute(
                 "INSERT OR REPLACE INTO maintenance VALUES (?, ?, ?, ?, ?)",
-                (task, os.getpid(), started, iso_now(), msgspec.json.encode(result).decode()),
+                (task, os.getpid(), started, iso_now(), _as_json(result)),
             )
     except (LogstoreError, OSError, sqlite3.Error) as error:
         logger.warning("what %s did cannot be noted in the catalogue: %s", task, error)
+
+
+def _as_json(result: Mapping[str, Any]) -> str:
+    """Return JSON of ASCII alone: paths are in it, which need not be text, and only there has such a one an escape."""
+    return json.dumps(msgspec.to_builtins(result), separators=(",", ":"))
 
 
 async def run_maintenance_tasks(

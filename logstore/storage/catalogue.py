@@ -10,6 +10,7 @@ Its tables are in `schema`; the statements that insert a row an event are plain 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from array import array
@@ -490,7 +491,7 @@ class Catalogue:
         Raises:
             sqlite3.Error: The other one is damaged; nothing is copied.
         """
-        self._write.execute("ATTACH ? AS other", (f"file:{quote(str(path.absolute()))}?mode=ro",))
+        self._write.execute("ATTACH ? AS other", (f"file:{quote(os.fsencode(path.absolute()))}?mode=ro",))
         try:
             with self.transaction():
                 self._write.execute(

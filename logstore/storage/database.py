@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Generator
 from pathlib import Path
@@ -41,7 +42,7 @@ def connect(path: Path, *, write: bool, immutable: bool = False) -> sqlite3.Conn
     mode = "rw" if write else "ro&immutable=1" if immutable else "ro"
     # Statements of any thread, one at a time, under the lock of the object that owns the connection.
     connection = sqlite3.connect(
-        f"file:{quote(str(path.absolute()))}?mode={mode}",
+        f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}",
         uri=True,
         isolation_level=None,
         check_same_thread=False,

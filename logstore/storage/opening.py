@@ -44,7 +44,8 @@ _PROBE_BYTES: Final = 64 << 10
 
 def log_folder(path: Path) -> Path:
     """Return the folder of the log that belongs to a catalogue: `events-log` beside `events.db`."""
-    return path.with_name(f"{path.stem}-log")
+    # Not `with_name`: the path may be `.`, which is refused where it is told from a file.
+    return path.parent / f"{path.stem}-log"
 
 
 def reserve_path(root: Path) -> Path:

@@ -69,16 +69,22 @@ def test_every_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("EVENT_STORE_PERSISTENT", "maybe", "a boolean (true, 1, yes, on; false, 0, no, off)"),
         ("EVENT_STORE_DB_PATH", "", "the path of a file"),
-        ("EVENT_STORE_MAX_EVENTS", "many", "a whole number of events, 1 or more"),
-        ("EVENT_STORE_MAX_EVENTS", "0", "1 or more"),
+        ("EVENT_STORE_MAX_EVENTS", "many", "a whole number of events, 1 to"),
+        ("EVENT_STORE_MAX_EVENTS", "0", "1 to"),
         ("EVENT_STORE_MAX_EVENTS", "1.5", "a whole number"),
-        ("EVENT_STORE_RETENTION_DAYS", "-1", "a whole number of days, 1 or more"),
-        ("EVENT_STORE_MAX_BYTES", "-1", "a whole number of bytes, 0 or more"),
-        ("EVENT_STORE_CACHE_SIZE", "-1", "0 or more"),
-        ("EVENT_STORE_CACHE_BYTES", "10", "a whole number of bytes, 1048576 or more"),
+        ("EVENT_STORE_RETENTION_DAYS", "-1", "a whole number of days, 1 to"),
+        ("EVENT_STORE_MAX_BYTES", "-1", "a whole number of bytes, 0 to"),
+        ("EVENT_STORE_CACHE_SIZE", "-1", "0 to"),
+        ("EVENT_STORE_CACHE_BYTES", "10", "a whole number of bytes, 1048576 to"),
         ("EVENT_STORE_BACKUP_INTERVAL", "0", "a whole number of hours"),
+        # More than a date, an integer of SQLite's or a wait can be.
+        ("EVENT_STORE_RETENTION_DAYS", "36501", "1 to 36500"),
+        ("EVENT_STORE_BACKUP_RETENTION", "999999999", "1 to 36500"),
+        ("EVENT_STORE_BACKUP_INTERVAL", "9223372036854775808", "1 to 876000"),
+        ("EVENT_STORE_MAX_EVENTS", "9" * 30, "1 to 1000000000000000"),
+        ("EVENT_STORE_MAINTENANCE_INTERVAL", "1e308", "0.001 to"),
         ("EVENT_STORE_DURABILITY", "sometimes", "one of always, interval, os"),
-        ("EVENT_STORE_SYNC_INTERVAL", "nan", "a number of seconds, 0.001 or more"),
+        ("EVENT_STORE_SYNC_INTERVAL", "nan", "a number of seconds, 0.001 to"),
         ("EVENT_STORE_ON_WRITE_FAILURE", "ignore", "one of degrade, raise"),
     ],
 )
@@ -109,6 +115,7 @@ def test_a_bad_variable_is_named_with_its_value_and_what_is_allowed(
         ("durability", None),
         ("sync_interval_s", 0),
         ("sync_interval_s", float("inf")),
+        ("retention_days", 10**100),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
@@ -117,6 +124,15 @@ def test_a_bad_field_is_named_with_its_value(field: str, value: Any) -> None:
         with pytest.raises(ConfigurationError, match=f"{field} must be") as caught:
             make(**settings)
         assert repr(value) in str(caught.value)
+
+
+def test_a_value_that_cannot_be_shown_or_not_whole_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="not a number of too many digits"):
+        EventStoreConfig(max_bytes=10**5_000)
+    monkeypatch.setenv("EVENT_STORE_MAX_BYTES", "9" * 100_000)
+    with pytest.raises(ConfigurationError) as caught:
+        get_config("from_env")
+    assert len(str(caught.value)) < 1_000
 
 
 @pytest.mark.promise("settings-named")

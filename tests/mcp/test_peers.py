@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
@@ -134,7 +135,7 @@ async def test_a_request_and_its_response_pass_wherever_the_store_is(folder: Pat
     async with asyncio.timeout(DEADLINE_S), opened(folder, 1, Host()) as one, opened(folder, 2, Host()):
         outcome, client = await forward(one, 2, b"hello")
         assert outcome is Outcome.DONE
-        assert client.sent[0] == {"type": "http.response.start", "status": 201, "headers": [[b"x", b"\xff"]]}
+        assert client.sent[0] == {"type": "http.response.start", "status": 201, "headers": [(b"x", b"\xff")]}
         assert b"".join(message["body"] for message in client.sent[1:]) == b"hello"
         assert not client.sent[-1]["more_body"]
         assert one.others() == [2]
@@ -300,8 +301,9 @@ async def test_all_others_are_told_and_asked(tmp_path: Path) -> None:
         opened(tmp_path, 3, hosts[2]),
     ):
         (tmp_path / "4.sock").touch()
-        assert await one.tell_all("end", "token/1", 7) == [True, True]
-        assert await one.tell_all("reading", ["other", "read"]) == [["read"], ["read"]]
+        (tmp_path / "\u00b2.sock").touch()
+        await one.end_everywhere("token/1", 7)
+        assert await one.read_elsewhere(["other", "read"]) == {"read"}
         assert await one.answers(2)
         assert not await one.answers(4)
         one.forget(4)
@@ -332,3 +334,86 @@ async def test_a_worker_whose_queue_is_full_is_not_reached(tmp_path: Path, monke
             outcome, client = await forward(one, 2, b"hello")
             assert outcome is Outcome.UNREACHABLE
             assert client.sent == []
+
+
+REQUEST = ["request", {"method": "POST", "path": "/", "headers": [(b"x", b"y")]}, b"body"]
+DEEP = b"\x91" * 100_000
+BAD_COMMANDS = [
+    b"",
+    b"\xc1",
+    DEEP,
+    b"\xdd\xff\xff\xff\xff",
+    *map(
+        msgspec.msgpack.encode,
+        (
+            7,
+            {},
+            [],
+            ["unknown"],
+            ["request"],
+            ["request", {}, b""],
+            ["request", REQUEST[1], "text"],
+            ["request", {**REQUEST[1], "headers": [b"x"]}, b""],  # type: ignore[dict-item]
+            ["request", {**REQUEST[1], "client": 5}, b""],  # type: ignore[dict-item]
+            ["end", "name", "now"],
+            ["end"],
+            ["reading", 5],
+            ["reading", "token"],
+        ),
+    ),
+]
+
+
+def framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize("body", BAD_COMMANDS)
+async def test_a_command_that_is_none_is_not_answered_and_harms_nobody(
+    tmp_path: Path, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one, opened(tmp_path, 2, Host()):
+        for data in (framed(body), framed(body)[:-1], b"\xff\xff\xff\xff" + body):
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "1.sock")
+            writer.write(data)
+            writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+        assert (await forward(one, 2, b"hello"))[0] is Outcome.DONE
+    assert caplog.text == ""
+
+
+BAD_ANSWERS = [
+    b"\xc1",
+    DEEP,
+    *map(
+        msgspec.msgpack.encode,
+        (
+            5,
+            [],
+            ["true"],
+            {"a": 1},
+            ["body", b"", False],
+            ["start", 7, []],
+            ["start", 200, [[b"x"]]],
+            ["start", 200, 5],
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("body", BAD_ANSWERS)
+async def test_an_answer_that_is_none_is_none(tmp_path: Path, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
+        writer.write(framed(body))
+        writer.close()
+
+    async with asyncio.timeout(DEADLINE_S), opened(tmp_path, 1, Host()) as one:
+        server = await asyncio.start_unix_server(answer, str(tmp_path / "2.sock"))
+        assert not await one.answers(2)
+        assert await one.read_elsewhere(["read"]) == set()
+        outcome, client = await forward(one, 2, b"hello")
+        assert (outcome, client.sent) == (Outcome.LOST, [])
+        server.close()

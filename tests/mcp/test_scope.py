@@ -77,3 +77,9 @@ def test_nobody_waits_for_an_answer_on_the_standalone_stream() -> None:
 
 def test_without_a_session_an_empty_id_has_a_name_too() -> None:
     assert name_in_log("", "").startswith("#")
+
+
+def test_a_name_that_no_session_made_is_of_no_request() -> None:
+    # An import may bring any name that can be stored.
+    assert request_id_of("token/%FF") is None
+    assert request_id_of("token/%ED%A0%80x") == "\ud800x"

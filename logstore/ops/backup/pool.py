@@ -119,7 +119,7 @@ class OtherBytesError(LogstoreError):
 
 def default_backups(path: Path) -> Path:
     """Return the folder for backups of a store: `events-backups` beside `events.db`."""
-    return path.with_name(f"{path.stem}-backups")
+    return path.parent / f"{path.stem}-backups"
 
 
 class FolderTarget:

@@ -19,7 +19,9 @@ so that a file that was cut off can be told. The events are those of `event_json
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -181,7 +183,11 @@ def _opened(disk: Disk, view: StoreView, target: Path | IO[bytes]) -> Generator[
         yield target.write
         target.flush()
         return
-    target = target.resolve()
+    try:
+        target = target.resolve()
+    except RuntimeError as error:
+        # What Python says of a circle of symbolic links, before 3.13.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target)) from error
     _refuse_own_files(view, target)
     if target.exists() and not target.is_file():
         # A pipe or a device, which no file may take the place of; a folder is refused here.

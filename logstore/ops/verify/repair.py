@@ -92,8 +92,8 @@ def repair(
         store.close(empty=True)
     actions += _mend_backups(path, backups, disk, progress)
     after = verify(path, backups=backups, progress=progress, disk=disk)
-    known = {msgspec.json.encode(each) for each in before.known}
-    lost = [each for each in after.known if msgspec.json.encode(each) not in known]
+    known = set(before.known)
+    lost = [each for each in after.known if each not in known]
     return Repaired(actions=actions, lost=lost, report=after)
 
 
