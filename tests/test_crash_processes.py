@@ -47,7 +47,7 @@ scan_journal = recovery.scan_journal
 
 def forgetful(*arguments):
     scan = scan_journal(*arguments)
-    del scan.frames[-1:]
+    del scan.frames[len(scan.frames) // 2 :]
     return scan
 
 recovery.scan_journal = forgetful
@@ -55,10 +55,10 @@ recovery.scan_journal = forgetful
 
 
 @pytest.mark.slow
-def test_the_campaign_sees_that_recovery_forgets_an_event(tmp_path: Path) -> None:
+def test_the_campaign_sees_that_recovery_forgets_events(tmp_path: Path) -> None:
     done = play(FORGETFUL + CAMPAIGN, tmp_path / "stores")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "was acknowledged" in done.stdout or "are gone" in done.stdout, done.stdout
+    assert "FAILED in run 0" in done.stdout
 
 
 # What a reader sees.

@@ -322,7 +322,8 @@ class Crew:
         now = time.monotonic()
         late: dict[tuple[int, int], _Late] = {}
         for member in self.members:
-            for place, follow in enumerate(member.orders.follows):
+            # One that was told to end has no followers any more.
+            for place, follow in enumerate(() if member.ending else member.orders.follows):
                 shown, newest = self._last_shown(member, place) or follow.after, self._ledger.newest[follow.stream]
                 if shown >= newest:
                     continue

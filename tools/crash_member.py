@@ -122,14 +122,14 @@ class _Member:
         self._log = Log(orders.path, orders.options)
         self._report = _report_to(report_path(orders.reports, orders.life))
         self._counts = _report_to(counts_path(orders.reports, orders.life))
-        self._writing = asyncio.Event()
+        self._quiet = False
         self._stopping = False
         self._released: set[int] = set()
+        self._changed = asyncio.Event()
         self._writers: dict[int, list[asyncio.Task[None]]] = {}
         self._rng = random.Random(f"{orders.seed} {orders.life}")
 
     async def live(self) -> None:
-        self._writing.set()
         asyncio.get_running_loop().add_reader(self._commands, self._hear)
         async with self._log, asyncio.TaskGroup() as tasks:
             others = [tasks.create_task(self._follow(n, each)) for n, each in enumerate(self._orders.follows)]
@@ -137,7 +137,7 @@ class _Member:
             while (command := await self._heard.get()) != "stop":
                 self._obey(tasks, *command.split())
             self._stopping = True
-            self._writing.set()
+            self._tell_writers()
             for task in others:
                 task.cancel()
 
@@ -152,10 +152,9 @@ class _Member:
 
     def _obey(self, tasks: asyncio.TaskGroup, word: str, *rest: str) -> None:
         numbers = [int(each) for each in rest]
-        if word == "quiet":
-            self._writing.clear()
-        elif word == "write":
-            self._writing.set()
+        if word in ("quiet", "write"):
+            self._quiet = word == "quiet"
+            self._tell_writers()
         elif word == "serve":
             tasks.create_task(self._serve(tasks, numbers[0], numbers[1:]))
         elif word == "release":
@@ -188,8 +187,17 @@ class _Member:
     async def _release(self, slot: int) -> None:
         """Give a slot to whoever is asked for it next."""
         self._released.add(slot)
+        self._tell_writers()
         await asyncio.wait(self._writers[slot])
         await self._log.sessions.release(f"slot{slot}")
+
+    def _tell_writers(self) -> None:
+        """Have the writers look whether they are to write on."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _is_over(self, slot: int) -> bool:
+        return self._stopping or slot in self._released
 
     async def _write(self, slot: int, task: int) -> None:
         log, life = self._log, self._orders.life
@@ -197,8 +205,9 @@ class _Member:
         written = dict.fromkeys(streams_of(task), 0)
         streams = list(written)
         for call in itertools.count():
-            await self._writing.wait()
-            if self._stopping or slot in self._released:
+            while self._quiet and not self._is_over(slot):
+                await self._changed.wait()
+            if self._is_over(slot):
                 return
             of = rng.choice(_BATCHES)
             marks: list[Mark] = []
