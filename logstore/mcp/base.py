@@ -255,16 +255,11 @@ async def replay(log: EventLog, stream: str, after: str, send_callback: EventCal
     while events := await log.read(stream, after, limit):
         for event in events:
             if not event.flags & FLAG_PRIMING:
-                await send_event(event, send_callback)
+                # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
+                await send_callback(EventMessage(cast("JSONRPCMessage", decode(event)), event.event_id))
             if event.flags & FLAG_FINAL:
                 return
         after, limit = events[-1].event_id, next_page_events(events)
-
-
-async def send_event(event: Event, send_callback: EventCallback) -> None:
-    """Hand one event to whoever asked for a replay."""
-    # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
-    await send_callback(EventMessage(cast("JSONRPCMessage", decode(event)), event.event_id))
 
 
 async def refuse(send_callback: EventCallback, reason: str) -> None:

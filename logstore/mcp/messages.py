@@ -21,7 +21,7 @@ from mcp_types import (
     JSONRPCRequest,
     JSONRPCResponse,
 )
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from logstore.errors import InvalidMessageError
 from logstore.mcp.sdk import split_transport_prefix
@@ -48,6 +48,10 @@ _LONGEST_KEY_SHOWN: Final = 40
 
 # Straight to bytes: `model_dump_json` makes a str of them first, and takes twice as long.
 _dump: Final = {model: TypeAdapter[JSONRPCMessage](model).serializer.to_json for model in _MODELS}
+_parse_notification: Final = TypeAdapter[JSONRPCNotification](JSONRPCNotification).validator.validate_json
+_NOTIFICATION_START: Final = b'{"jsonrpc":"2.0","method":'
+"""How the SDK's serializer begins a notification; a request's id comes before its method."""
+_SDK_BITS: Final = FLAG_MODEL | FLAG_IMPORTED
 _encode_json = msgspec.json.Encoder().encode
 _decode_json = msgspec.json.Decoder().decode
 
@@ -88,11 +92,19 @@ def encode_substitute(message: Message | None, problem: InvalidMessageError) -> 
 def decode(event: Event) -> Message:
     """Return the message of an event; not for priming events.
 
-    Models are built without validation: what is stored was valid, and validating again costs more than all the rest.
+    Most are notifications, whose JSON the SDK's own parser turns into the model in 1.3 us; read here and built without
+    validation, as what is rarer is, one takes 3.5.
 
     Raises:
         InvalidMessageError: Something else is stored: the log takes any bytes, from an import too.
     """
+    if event.flags & _SDK_BITS == FLAG_MODEL and event.payload.startswith(_NOTIFICATION_START):
+        try:
+            notification: JSONRPCNotification = _parse_notification(event.payload)
+            return notification
+        except ValidationError:
+            # What is wrong with it is told below.
+            pass
     fields = _fields_of(event)
     return _model_of(fields, event) if event.flags & FLAG_MODEL else fields
 
