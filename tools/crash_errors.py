@@ -27,6 +27,8 @@ _FAULTS: Final[dict[Kind, tuple[str, ...]]] = {
 }
 _NEEDS_ROOM: Final = frozenset(("create", "write", "extend", "mkdir"))
 """What fails on a full disk; files can be removed from it, and what has room be synced."""
+_TURN: Final = 60
+"""There are thousands of faults in each variation of a scenario: all variations have their turn within an hour."""
 _TRUSTED_ONCE: Final = (".journal", ".segment", ".tmp", "registry.log")
 """Ends of the names of files that are given up when a sync fails: the next one would succeed and mean nothing."""
 
@@ -146,7 +148,7 @@ class ErrorsCampaign:
 
     def __init__(self, folder: Path, seed: int, only: str = "") -> None:
         self._seed = seed
-        self._trials = Trials(folder, seed, only, places, parse, reads=True)
+        self._trials = Trials(folder, seed, only, places, parse, reads=True, turn=_TURN)
         self.figures: Counter[str] = Counter()
 
     def run(self, number: int) -> None:

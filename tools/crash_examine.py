@@ -81,8 +81,8 @@ def check_opened(path: Path, told: Told, given_out: int = 0) -> int:
             raise BrokenPromiseError(f"the store cannot be opened and read: {error!r}") from error
     if findings:
         raise BrokenPromiseError(f"verify of the store that was opened and closed: {findings[:3]}")
-    if errors.lines:
-        raise BrokenPromiseError("errors were logged:\n" + "\n".join(errors.lines))
+    if odd := told.unexpected(errors.lines):
+        raise BrokenPromiseError("errors were logged:\n" + "\n".join(odd))
     return events
 
 

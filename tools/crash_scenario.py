@@ -26,6 +26,8 @@ DEADLINE_S: Final = 60.0
 KIB: Final = 1 << 10
 ACT: Final = 100
 """Number of the life that is interrupted."""
+VARIATIONS: Final = 6
+"""After which the options are the same again."""
 _MODES: Final = ("always", "interval", "os")
 _POLICIES: Final = ("degrade", "raise")
 

@@ -50,6 +50,7 @@ class Told:
         sessions: The states that each session may be in: the last that was told, and one that was being written.
         errors: What was raised where an error was injected.
         odd: What must not be said at all: tracebacks, damage where none was done.
+        expected: What may be logged as an error, since it was done to the store; empty for nothing.
         most_events: How many of a stream's newest events retention keeps; None for all.
     """
 
@@ -58,6 +59,7 @@ class Told:
         self.sessions: dict[str, list[str]] = {}
         self.errors: list[str] = []
         self.odd: list[str] = []
+        self.expected = ""
         self.most_events: int | None = None
         self.words: set[str] = set()
         # Acknowledged while the store said that it had them in memory only, or may not have synced them.
@@ -71,6 +73,7 @@ class Told:
         other = Told()
         other.stored = dict(self.stored)
         other.sessions = {key: list(states) for key, states in self.sessions.items()}
+        other.expected = self.expected
         other.most_events = self.most_events
         other._kept = dict(self._kept)
         other._begun = set(self._begun)
@@ -102,9 +105,13 @@ class Told:
             case "error":
                 self.errors.append(rest[0])
             case "odd":
-                self.odd.append(rest[0])
+                self.odd += self.unexpected(rest)
             case _:
                 self.words.add(what)
+
+    def unexpected(self, lines: Iterable[str]) -> list[str]:
+        """Return the lines that should not have been logged."""
+        return [line for line in lines if not (self.expected and self.expected in line)]
 
     def _hear_of_call(self, what: str, call: Call, rest: list[Any]) -> None:
         if what == "begun":

@@ -14,7 +14,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from crash_calls import DiskCall, Fate, HangsError, is_supported, run_watched
 from crash_kill import BrokenPromiseError
 from crash_life import EndedError, Hand, Until
-from crash_scenario import DEADLINE_S, Scenario
+from crash_scenario import DEADLINE_S, VARIATIONS, Scenario
 from crash_scenarios import SCENARIOS
 from crash_told import Told
 
@@ -108,6 +108,7 @@ class Trials(Generic[_I]):
         places: Lists the interruptions of some work, by the calls that it makes when nothing interrupts it.
         parse: Reads an interruption's name.
         reads: Whether calls that only read can be interrupted.
+        turn: After how many places the next variation has its turn; 0 after all of them.
 
     Attributes:
         figures: How many places there were in all, by scenario.
@@ -122,6 +123,7 @@ class Trials(Generic[_I]):
         parse: Callable[[str], _I],
         *,
         reads: bool,
+        turn: int = 0,
     ) -> None:
         if not is_supported():
             raise SystemExit("this campaign stops the system calls of a process: it needs Linux on x86-64 or ARM64")
@@ -138,29 +140,39 @@ class Trials(Generic[_I]):
         self._place = parse(place) if place else None
         self._places = places
         self._reads = reads
-        self._left: dict[str, list[_I]] = {}
+        self._turn = turn
+        self._left: dict[tuple[str, int], list[_I]] = {}
+        self._taken: Counter[str] = Counter()
         self._scenarios: dict[str, Scenario] = {}
         self.figures: Counter[str] = Counter()
 
     def next(self, number: int) -> Trial[_I]:
         """Return the trial of a run."""
         kind = self._kinds[number % len(self._kinds)]
+        scenario = self._scenarios.get(kind.name)
         if self._place is not None:
-            scenario = self._scenarios.get(kind.name) or self._prepare(kind, self._first)
-            return Trial(scenario, self._place)
-        while not self._left.get(kind.name):
-            earlier = self._scenarios.get(kind.name)
-            self._begin(kind, earlier.variation + 1 if earlier else self._first)
-        return Trial(self._scenarios[kind.name], self._left[kind.name].pop())
+            return Trial(scenario or self._prepare(kind, self._first), self._place)
+        taken = self._taken[kind.name] = self._taken[kind.name] + 1
+        if scenario is None:
+            scenario = self._begin(kind, self._first)
+        elif not self._left[kind.name, scenario.variation] or (self._turn and taken % self._turn == 0):
+            scenario = self._begin(kind, self._variation_after(scenario))
+        return Trial(scenario, self._left[kind.name, scenario.variation].pop())
+
+    def _variation_after(self, scenario: Scenario) -> int:
+        after = scenario.variation + 1
+        return after % VARIATIONS if self._turn else after
 
     def _prepare(self, kind: type[Scenario], variation: int) -> Scenario:
         scenario = kind(self._folder / kind.name, self._seed, variation)
         self._scenarios[kind.name] = scenario
         return scenario
 
-    def _begin(self, kind: type[Scenario], variation: int) -> None:
-        """Begin a variation: do the work once to the end, and list where it can be interrupted."""
+    def _begin(self, kind: type[Scenario], variation: int) -> Scenario:
+        """Begin a variation, or go on with it; where it can be interrupted tells a life that nothing interrupts."""
         scenario = self._prepare(kind, variation)
+        if self._left.get((kind.name, variation)):
+            return scenario
         copy, told = self.copied(scenario)
         judge = CallJudge(told, reads=self._reads)
         status = self.do(scenario, copy, judge, None)
@@ -169,8 +181,9 @@ class Trials(Generic[_I]):
         scenario.examine(copy, told)
         places = self._places(judge.calls)
         random.Random(f"{self._seed} {kind.name} {variation}").shuffle(places)
-        self._left[kind.name] = places
+        self._left[kind.name, variation] = places
         self.figures[f"places in {kind.name}"] += len(places)
+        return scenario
 
     def copied(self, scenario: Scenario) -> tuple[Path, Told]:
         """Return a copy of the store that a scenario begins with, and of what is known of it."""
