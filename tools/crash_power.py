@@ -41,6 +41,7 @@ _MOMENTS: Final = (
     ("unlink", "*.journal"),
     ("unlink", "*.segment"),
     ("rename", "*"),
+    ("*", "replac*"),
 )
 """Calls before which something is on its way that a cut may take."""
 

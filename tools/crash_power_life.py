@@ -291,11 +291,11 @@ class Life:
             (self._settle, 7),
             (self._use_session, 12),
             (self._compact, 6),
-            (self._back_up, 4),
+            (self._back_up, 5),
             (self._read_beside, 4),
             (self._reopen, 4),
             (self._open_another, 4),
-            (self._restore, 3),
+            (self._restore, 5),
             (self._reindex, 2),
         )
         await self._rng.choices([step for step, _ in steps], [weight for _, weight in steps])[0]()
