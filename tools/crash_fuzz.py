@@ -38,6 +38,7 @@ from crash_fuzz_names import NAME_TARGETS
 from crash_fuzz_peers import PEER_TARGETS
 from crash_fuzz_records import RECORD_TARGETS
 from crash_fuzz_settings import SETTING_TARGETS
+from crash_fuzz_stores import STORE_TARGETS
 from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 
@@ -51,6 +52,7 @@ TARGETS: Final[Mapping[str, type[Target]]] = {
         *PEER_TARGETS,
         *HTTP_TARGETS,
         *SETTING_TARGETS,
+        *STORE_TARGETS,
     )
 }
 ALL: Final = "all"

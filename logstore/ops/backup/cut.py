@@ -14,13 +14,16 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
+
+import msgspec
 
 from logstore.errors import DamageError
 from logstore.ops.backup.manifest import LaneMark
 from logstore.storage.catalogue import Catalogue
 from logstore.storage.database import connect
 from logstore.storage.files import Disk
+from logstore.storage.ids import MAX_ID
 from logstore.storage.journal import read_header
 from logstore.storage.lane import NOWHERE, Marks, Place, journal_ordinals, journal_path, lane_folders, read_reservation
 from logstore.storage.opening import OpenStore
@@ -195,10 +198,29 @@ def dropped_streams(catalogue: sqlite3.Connection) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+class _Dropped(msgspec.Struct, array_like=True):
+    """A line of `dropped_streams`."""
+
+    stream: str
+    dropped_id: Annotated[int, msgspec.Meta(ge=1, le=MAX_ID)]
+    dropped_at: str | None
+
+
+_decode_dropped = msgspec.json.Decoder(_Dropped).decode
+
+
 def note_dropped(catalogue: Catalogue, data: bytes) -> None:
-    """Note in a fresh catalogue what retention had let go of, from the bytes of `dropped_streams`."""
+    """Note in a fresh catalogue what retention had let go of, from the bytes of `dropped_streams`.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    try:
+        dropped = {each.stream: each for each in map(_decode_dropped, data.splitlines())}
+    except (RecursionError, msgspec.MsgspecError) as error:
+        raise ValueError(str(error)) from error
     with catalogue.transaction():
         catalogue.connection.executemany(
             "INSERT INTO streams (name, created_at, dropped_id, dropped_at) VALUES (?1, ?3, ?2, ?3)",
-            map(json.loads, data.splitlines()),
+            (msgspec.structs.astuple(each) for each in dropped.values()),
         )

@@ -301,7 +301,12 @@ class _Restore:
         notes = Catalogue(self._staged)
         try:
             notes.open()
-            note_dropped(notes, self._dropped)
+            try:
+                note_dropped(notes, self._dropped)
+            except ValueError as error:
+                place = Path(self._target.locate(self._key))
+                reason = f"what retention had dropped cannot be read ({error}); nothing was changed"
+                raise DamageError(place, 0, len(self._dropped), reason) from error
         finally:
             notes.close()
         make_index(self._disk, self._staged_root, self._staged, self._manifest.store_id)
