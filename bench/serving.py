@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
@@ -62,6 +64,8 @@ async def _opened(name: str, folder: Path) -> AsyncGenerator[EventStore | None]:
 def serve(told: Connection, name: str, folder: Path) -> None:
     """Serve until a signal says otherwise; the port is told to whoever started this process."""
     logging.basicConfig(level=logging.WARNING)
+    # uvicorn raises the signal again once it has ended: to die of that would leave what the store runs, such as Redis.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     asyncio.run(_serve(told, name, folder))
 
 

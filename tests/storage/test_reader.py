@@ -157,8 +157,8 @@ def test_a_page_of_few_events_reads_little_of_a_long_run(tmp_path: Path) -> None
     class Counting(Disk):
         taken = 0
 
-        def read(self, fd: int, size: int, offset: int) -> bytes:
-            data = super().read(fd, size, offset)
+        def read(self, fd: int, length: int, offset: int) -> bytes:
+            data = super().read(fd, length, offset)
             self.taken += len(data)
             return data
 
