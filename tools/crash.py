@@ -99,8 +99,8 @@ _KINDS: Final = {
     "fuzz": _Kind(
         FuzzCampaign,
         "inputs",
-        "every parser took or refused each input with an error of its own, in bounded time and memory, and took nothing "
-        "that was not written",
+        "every parser took or refused each input with an error of its own, in bounded time and memory, and took "
+        "nothing that was not written",
         "damaged and forged bytes for everything that parses",
         "Feed one parser after another, a run each, with damaged and forged bytes, in a process with bounds.",
         runs=len(TARGETS),

@@ -108,7 +108,8 @@ class _Server:
 
     def ask(self, method: str, headers: Headers, body: list[bytes], path: str = "/mcp") -> Answer:
         """Send one request and return the answer; a client that is streamed to goes away soon."""
-        return self._run(asyncio.wait_for(self._ask(method, list(headers), body, path), _ANSWER_S))
+        answer: Answer = self._run(asyncio.wait_for(self._ask(method, list(headers), body, path), _ANSWER_S))
+        return answer
 
     async def _ask(self, method: str, headers: list[tuple[bytes, bytes]], body: list[bytes], path: str) -> Answer:
         scope: Scope = {

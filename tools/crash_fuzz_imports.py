@@ -13,12 +13,12 @@ import shutil
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from crash_fuzz_files import SEED
-from crash_fuzz_inputs import MIB, Input, Target, altered_json, damaged, hostile_json, memory_folder
+from crash_fuzz_inputs import MIB, Input, Target, altered_json, damaged, hostile_json
 from crash_kill import BrokenPromiseError
 from logstore.errors import LogstoreError
 from logstore.ops.transfer.event_json import read_event, write_event
@@ -118,7 +118,7 @@ class ExportTarget(Target):
 
     def feed(self, given: Input) -> bool:
         whole = self._read(io.BytesIO(given.data))
-        pieces = self._read(_Pieces(given.data, given.numbers[0]))  # type: ignore[arg-type]
+        pieces = self._read(_Pieces(given.data, given.numbers[0]))
         if whole[0] != pieces[0] or (whole[1] is None) != (pieces[1] is None):
             raise BrokenPromiseError(f"read in pieces of {given.numbers[0]} it is something else: {whole}; {pieces}")
         return bool(whole[0])
@@ -142,7 +142,7 @@ class DatabaseTarget(Target):
     memory_bytes = 384 * MIB
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         self._path = self._folder / "theirs.db"
         rng = random.Random(1)
         self._samples = [_database(rng, harm=0.0) for _ in range(4)]
@@ -155,7 +155,7 @@ class DatabaseTarget(Target):
     def feed(self, given: Input) -> bool:
         self._path.write_bytes(given.data)
         with contextlib.closing(ImportSource(self._path)) as source:
-            return any([check_found(each) for each in source.events()])
+            return sum(check_found(each) for each in source.events()) > 0
 
     def close(self) -> None:
         shutil.rmtree(self._folder)
@@ -167,11 +167,12 @@ _ORIGINAL: Final = (
 _PERSIST: Final = "CREATE TABLE mcp_events (event_id TEXT, stream_id TEXT, payload TEXT, created_at REAL)"
 _COLUMNS: Final = "event_id, stream_id, message_json, timestamp, created_at"
 _ODD: Final = (
-    f"CREATE TABLE events ({_COLUMNS}, PRIMARY KEY (event_id)) WITHOUT ROWID; INSERT INTO events VALUES (1, 2, 3, 4, 5)",
+    f"CREATE TABLE events ({_COLUMNS}, PRIMARY KEY (event_id)) WITHOUT ROWID; "
+    "INSERT INTO events VALUES (1, 2, 3, 4, 5)",
     f"CREATE TABLE events (rowid TEXT, oid TEXT, _rowid_ TEXT, {_COLUMNS}); INSERT INTO events (event_id) VALUES (1)",
     "CREATE TABLE events (event_id, stream_id, timestamp); INSERT INTO events VALUES (1, 2, '2026-01-31'); "
     "ALTER TABLE events ADD COLUMN message_json AS (hex(zeroblob(400000000)))",
-    f"CREATE VIEW events AS WITH RECURSIVE n(event_id) AS (SELECT 1 UNION ALL SELECT event_id + 1 FROM n) "
+    "CREATE VIEW events AS WITH RECURSIVE n(event_id) AS (SELECT 1 UNION ALL SELECT event_id + 1 FROM n) "
     "SELECT event_id, event_id AS stream_id, 1 AS message_json, 2 AS timestamp, 3 AS created_at FROM n",
     'CREATE TABLE "a""b\n; DROP TABLE x" (event_id, stream_id, payload, created_at); '
     "INSERT INTO \"a\"\"b\n; DROP TABLE x\" VALUES (1, 's', '{}', 5)",
@@ -259,7 +260,7 @@ class LongJsonTarget(Target):
 
     def feed(self, given: Input) -> bool:
         with contextlib.closing(ImportSource(io.BytesIO(given.data))) as source:
-            return any([isinstance(each, Found) for each in source.events()])
+            return sum(isinstance(each, Found) for each in source.events()) > 0
 
 
 _LONG: Final[tuple[Callable[[int], bytes], ...]] = (

@@ -46,12 +46,16 @@ async def test_a_body_that_is_no_message_is_refused_and_the_session_goes_on(body
 async def test_a_request_in_the_body_of_what_is_no_post_is_nobody_s() -> None:
     app = resumable_http_app(counting_server(Steps()), InMemoryEventStore())
     layer: ResumeLayer = layer_of(app)
-    async with asyncio.timeout(DEADLINE_S), served(app) as port, StrictClient.connected(port) as client:
-        async with client.opened("GET", CALL) as response:
-            assert response.status_code == 200
-            assert await client.send("PUT", CALL.replace(b"7", b"8")) == 405
-            # It would never be answered, and the session never be idle.
-            assert [live.scope.running for live in layer.custody.live.values()] == [set()]
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        served(app) as port,
+        StrictClient.connected(port) as client,
+        client.opened("GET", CALL) as response,
+    ):
+        assert response.status_code == 200
+        assert await client.send("PUT", CALL.replace(b"7", b"8")) == 405
+        # It would never be answered, and the session never be idle.
+        assert [live.scope.running for live in layer.custody.live.values()] == [set()]
 
 
 def in_pieces(body: bytes, size: int = 1) -> Connection:

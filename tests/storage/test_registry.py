@@ -44,8 +44,8 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
 
 def forged(body: bytes, path: Path) -> bytes:
     """Return an entry of a registry file, whatever its body is."""
-    seed = google_crc32c.value(path.read_bytes()[24:32])
-    return len(body).to_bytes(4, "little") + google_crc32c.extend(seed, body).to_bytes(4, "little") + body
+    checksum = int(google_crc32c.extend(google_crc32c.value(path.read_bytes()[24:32]), body))
+    return len(body).to_bytes(4, "little") + checksum.to_bytes(4, "little") + body
 
 
 def log_of(folder: Path) -> Path:
