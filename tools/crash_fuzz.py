@@ -11,6 +11,7 @@ what it takes after damage is what was written.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -20,6 +21,7 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -34,6 +36,7 @@ from crash_fuzz_files import FILE_TARGETS
 from crash_fuzz_http import HTTP_TARGETS
 from crash_fuzz_imports import IMPORT_TARGETS
 from crash_fuzz_inputs import Input, Target
+from crash_fuzz_lanes import LANE_TARGETS
 from crash_fuzz_names import NAME_TARGETS
 from crash_fuzz_peers import PEER_TARGETS
 from crash_fuzz_records import RECORD_TARGETS
@@ -46,6 +49,7 @@ TARGETS: Final[Mapping[str, type[Target]]] = {
     target.name: target
     for target in (
         *FILE_TARGETS,
+        *LANE_TARGETS,
         *RECORD_TARGETS,
         *IMPORT_TARGETS,
         *NAME_TARGETS,
@@ -63,7 +67,8 @@ _LOOK_S: Final = 0.5
 _SAME: Final = 2
 """How many failures of one kind are told of; the others are counted."""
 _NOT_MADE: Final = "could not begin"
-_COUNTS: Final = struct.Struct("=4Q")
+_COUNTS: Final = struct.Struct("=3Q")
+_MEMORY_FOLDER: Final = Path("/dev/shm")
 
 
 class TooSlowError(BaseException):
@@ -87,7 +92,7 @@ class Failure(msgspec.Struct, frozen=True):
 class Outcome(NamedTuple):
     """What became of some inputs of one target."""
 
-    accepted: int
+    taken: int
     refused: int
     failures: list[Failure]
 
@@ -115,20 +120,23 @@ class FuzzCampaign:
         self._inputs = inputs
         self._first = first
         self._names = list(TARGETS) if target == ALL else [target]
+        self._seconds: dict[str, float] = {}
         self._broken: list[str] = []
 
     def run(self, number: int) -> None:
         """Feed the next parser; what it breaks is told at the end, when the others were fed too."""
         name = self._names[number % len(self._names)]
-        count = max(1, int(self._inputs * TARGETS[name].share)) if self._inputs > 1 else 1
-        first = self._first + number // len(self._names) * count
+        count = max(1, int(self._inputs * TARGETS[name].share))
         started = time.monotonic()
-        outcome = feed(TARGETS[name], self._seed, first, count)
+        outcome = feed(TARGETS[name], self._seed, self._first + number // len(self._names) * count, count)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
         self.figures["inputs"] += count
-        self.figures[f"{name}: taken"] += outcome.accepted
+        self.figures[f"{name}: taken"] += outcome.taken
         self.figures[f"{name}: refused"] += outcome.refused
-        self.figures[f"{name}: milliseconds"] += int(1000 * (time.monotonic() - started))
+        fed = self.figures[f"{name}: taken"] + self.figures[f"{name}: refused"]
+        self.figures[f"{name}: a second"] = round(fed / self._seconds[name])
         if outcome.failures:
+            self.figures[f"{name}: failures"] += len(outcome.failures)
             self._broken.append(self._told(name, outcome.failures))
 
     def finish(self) -> None:
@@ -143,13 +151,14 @@ class FuzzCampaign:
     def _told(self, name: str, failures: list[Failure]) -> str:
         lines = [f"{name}: {len(failures)} inputs broke something"]
         told: Counter[str] = Counter()
+        self._folder.mkdir(parents=True, exist_ok=True)
         for failure in failures:
             told[failure.kind] += 1
             if told[failure.kind] > _SAME:
                 continue
-            self._folder.mkdir(exist_ok=True)
             place = self._folder / f"{name}-{failure.number}.input"
-            given = draw(TARGETS[name](), self._seed, name, failure.number)
+            with contextlib.closing(TARGETS[name]()) as target:
+                given = draw(target, self._seed, failure.number)
             place.write_bytes(given.data)
             lines += [
                 "",
@@ -162,40 +171,47 @@ class FuzzCampaign:
         return "\n".join(lines)
 
 
-def draw(target: Target, seed: int, name: str, number: int) -> Input:
+def draw(target: Target, seed: int, number: int) -> Input:
     """Return an input of a target: the same one whenever it is asked for."""
-    return target.draw(random.Random(f"{seed} {name} {number}"))
+    return target.draw(random.Random(f"{seed} {target.name} {number}"))
 
 
 def feed(make: type[Target], seed: int, first: int, count: int) -> Outcome:
     """Feed inputs to a parser in child processes, one after another until all are done.
 
     Args:
-        make: Makes the target.
+        make: The target.
         seed: Of the campaign.
         first: Number of the first input.
         count: How many.
+
+    Raises:
+        BrokenPromiseError: The target cannot even be made.
     """
-    shared = mmap.mmap(-1, _COUNTS.size)
     failures: list[Failure] = []
-    accepted = refused = 0
+    taken = refused = 0
     end = first + count
-    while first < end:
-        shared[:] = _COUNTS.pack(first, 0, 0, 0)
-        ended, told = _child(make, seed, first, end, shared)
-        failures += told
-        first, taken, left, _ = _COUNTS.unpack(shared[:])
-        accepted, refused = accepted + taken, refused + left
-        if ended == _NOT_MADE:
-            raise BrokenPromiseError(f"{make.name}: there are no samples to begin with, see above")
-        if ended:
-            failures.append(Failure(first, ended, f"the process {ended}"))
-            first += 1
-    shared.close()
-    return Outcome(accepted, refused, failures)
+    # In memory where there is such a place: files are written thousands of times. What a child leaves goes with it.
+    place = _MEMORY_FOLDER if _MEMORY_FOLDER.is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="logstore-fuzz-", dir=place) as scratch,
+        mmap.mmap(-1, _COUNTS.size) as seen,
+    ):
+        while first < end:
+            seen[:] = _COUNTS.pack(first, 0, 0)
+            ended, told = _child(make, seed, range(first, end), seen, scratch)
+            failures += told
+            first, now_taken, now_refused = _COUNTS.unpack(seen[:])
+            taken, refused = taken + now_taken, refused + now_refused
+            if ended == _NOT_MADE:
+                raise BrokenPromiseError(f"{make.name}: there are no samples to begin with, see above")
+            if ended:
+                failures.append(Failure(first, ended, f"the process {ended}"))
+                first += 1
+    return Outcome(taken, refused, failures)
 
 
-def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mmap) -> tuple[str, list[Failure]]:
+def _child(make: type[Target], seed: int, numbers: range, seen: mmap.mmap, scratch: str) -> tuple[str, list[Failure]]:
     """Run a child to its end; return how it died, empty when it did not, and what it told."""
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -204,27 +220,27 @@ def _child(make: type[Target], seed: int, first: int, end: int, shared: mmap.mma
         status = 1
         try:
             os.close(reading)
-            feeder = _Feeder(make(), seed, shared, writing)
+            tempfile.tempdir = scratch
+            feeder = _Feeder(make(), seed, seen, writing)
             status = 2
-            feeder.run(first, end)
+            feeder.run(numbers)
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writing)
-    data, ended = _listen(reading, pid, shared, max(SILENCE_S, 10 * make.cpu_s))
+    data, ended = _listen(reading, pid, seen, max(SILENCE_S, 10 * make.cpu_s))
     os.close(reading)
     _, status = os.waitpid(pid, 0)
-    failures = [msgspec.json.decode(line, type=Failure) for line in data.splitlines()]
     if not ended and os.WIFSIGNALED(status):
         ended = f"was killed by {signal.Signals(os.WTERMSIG(status)).name}"
     elif not ended and os.WEXITSTATUS(status):
         ended = _NOT_MADE if os.WEXITSTATUS(status) == 1 else "could not go on"
-    return ended, failures
+    return ended, [msgspec.json.decode(line, type=Failure) for line in data.splitlines()]
 
 
-def _listen(reading: int, pid: int, shared: mmap.mmap, silence_s: float) -> tuple[bytes, str]:
+def _listen(reading: int, pid: int, seen: mmap.mmap, silence_s: float) -> tuple[bytes, str]:
     """Return what a child says, and why it was ended, if it was."""
     said: list[bytes] = []
     before, since_s = b"", time.monotonic()
@@ -234,7 +250,7 @@ def _listen(reading: int, pid: int, shared: mmap.mmap, silence_s: float) -> tupl
             if not piece:
                 return b"".join(said), ""
             said.append(piece)
-        now = shared[:]
+        now = seen[:]
         if now != before:
             before, since_s = now, time.monotonic()
         elif time.monotonic() - since_s > silence_s:
@@ -248,31 +264,31 @@ class _Feeder:
     Args:
         target: The parser.
         seed: Of the campaign.
-        shared: Where the parent looks: the number of the input, how many were taken and refused, how many are done.
+        seen: Where the parent looks: the number of the input, how many were taken, and how many refused.
         writing: Where failures are told.
     """
 
-    def __init__(self, target: Target, seed: int, shared: mmap.mmap, writing: int) -> None:
+    def __init__(self, target: Target, seed: int, seen: mmap.mmap, writing: int) -> None:
         self._target = target
         self._seed = seed
-        self._shared = shared
+        self._seen = seen
         self._writing = writing
         self._told: Counter[str] = Counter()
 
-    def run(self, first: int, end: int) -> None:
+    def run(self, numbers: range) -> None:
         _watch_logs()
         signal.signal(signal.SIGPROF, _too_slow)
         _bound_memory(self._target.memory_bytes)
-        accepted = 0
-        for number in range(first, end):
-            self._shared[:] = _COUNTS.pack(number, accepted, number - first - accepted, 0)
-            accepted += self._one(number)
-        self._shared[:] = _COUNTS.pack(end, accepted, end - first - accepted - self._told.total(), 0)
+        taken = 0
+        for done, number in enumerate(numbers):
+            self._seen[:] = _COUNTS.pack(number, taken, done - taken - self._told.total())
+            taken += self._one(number)
+        self._seen[:] = _COUNTS.pack(numbers.stop, taken, len(numbers) - taken - self._told.total())
         self._target.close()
 
     def _one(self, number: int) -> bool:
         """Feed one input; return whether it was taken."""
-        given = draw(self._target, self._seed, self._target.name, number)
+        given = draw(self._target, self._seed, number)
         try:
             signal.setitimer(signal.ITIMER_PROF, self._target.cpu_s)
             try:
@@ -291,16 +307,15 @@ class _Feeder:
         kind = f"{type(error).__name__} at {_place(error)}"
         self._told[kind] += 1
         text = "".join(traceback.format_exception(error)[-12:])[-3_000:] if self._told[kind] <= _SAME else ""
-        line = msgspec.json.encode(Failure(number, kind, text.encode(errors="backslashreplace").decode())) + b"\n"
-        os.write(self._writing, line)
+        failure = Failure(number, kind, text.encode(errors="backslashreplace").decode())
+        os.write(self._writing, msgspec.json.encode(failure) + b"\n")
 
 
 def _place(error: BaseException) -> str:
     """Return where in this project an error came from."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [each for each in frames if "/logstore/" in each.filename] or frames
-    last = ours[-1]
-    return f"{Path(last.filename).name}:{last.lineno} in {last.name}" if ours else "?"
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name}" if ours else "?"
 
 
 def _too_slow(_signal: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,6 @@ import random
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import google_crc32c
@@ -68,11 +67,6 @@ class Target(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give back what was opened; most open nothing."""
-
-
-def memory_folder() -> str | None:
-    """Return a folder in memory, where there is one: files are written thousands of times."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 # Damage, as disks and bugs do it.

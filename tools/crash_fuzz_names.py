@@ -21,7 +21,7 @@ from logstore.mcp.sdk import STANDALONE_STREAM, split_transport_prefix
 from logstore.mcp.sessions import SessionData, key_of
 from logstore.storage.ids import MAX_ID, parse_event_id
 from logstore.storage.origin import encode_origin, split_origin
-from logstore.storage.record import FLAG_IMPORTED, FLAG_PRIMING, MAX_STREAM_BYTES, Event, check_stream_name
+from logstore.storage.record import FLAG_IMPORTED, FLAG_PRIMING, Event, check_stream_name
 
 _TOKEN: Final = "0123456789abcdef" * 2
 _TEXTS: Final = (
@@ -101,19 +101,9 @@ class NamesTarget(Target):
             if not scope.owns(name) or scope.name_of(str(request_id)) != name:
                 raise BrokenPromiseError(f"the stream of request {request_id!r} has two names")
             known = request_id_of(name)
-            long = len(f"{_TOKEN}/{text}") > MAX_STREAM_BYTES or not text.isascii()
-            if known != request_id and known is not None and text != STANDALONE_STREAM:
+            hashed = name.startswith(f"{_TOKEN}/#") or text == STANDALONE_STREAM
+            if known != request_id and not (known is None and hashed):
                 raise BrokenPromiseError(f"request {request_id!r} is taken for {known!r}")
-            if (
-                known is None
-                and not long
-                and text
-                and not text.startswith("#")
-                and "%" not in text
-                and text.isprintable()
-                and text != STANDALONE_STREAM
-            ):
-                raise BrokenPromiseError(f"request {request_id!r} is not known by {name!r}")
             scope.answered(str(request_id), name)
             if scope.running:
                 raise BrokenPromiseError(f"request {request_id!r} is answered and still waited for")
@@ -165,7 +155,7 @@ class MessagesTarget(Target):
         if isinstance(message, dict):
             encode("s", message)
         else:
-            # Built without validation: whoever put other types there gets them back, and any nesting.
+            # Built without validation: whoever put other types there gets them back, however deep they are nested.
             with warnings.catch_warnings(), contextlib.suppress(PydanticSerializationError):
                 warnings.simplefilter("ignore")
                 message.model_dump_json(by_alias=True, exclude_unset=True)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from crash_fuzz_inputs import EXTREMES, Input, Target, damaged, hostile_msgpack, memory_folder
+from crash_fuzz_inputs import EXTREMES, Input, Target, damaged, hostile_msgpack
 from crash_kill import BrokenPromiseError
 from logstore.mcp.connections import Connection
 from logstore.mcp.peers import Outcome, Peers
@@ -93,7 +93,7 @@ class PeersTarget(Target):
     share = 0.2
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         self._loop = asyncio.new_event_loop()
         self._errors: list[str] = []
         self._loop.set_exception_handler(lambda _, context: self._errors.append(str(context)))

@@ -13,31 +13,28 @@ from typing import Any, Final
 
 from click.testing import CliRunner
 
-from crash_fuzz_inputs import Input, Target, damaged, memory_folder
+from crash_fuzz_inputs import Input, Target, damaged
 from crash_kill import BrokenPromiseError
 from logstore import create_event_store, get_config, run_maintenance_tasks
 from logstore.cli import main
 from logstore.config import MEMORY_DB_PATH, EventStoreConfig
 from logstore.storage import Log
 
-_VARIABLES: Final = tuple(
-    f"EVENT_STORE_{name}"
-    for name in [
-        "PERSISTENT",
-        "DB_PATH",
-        "MAX_EVENTS",
-        "RETENTION_DAYS",
-        "MAX_BYTES",
-        "CACHE_SIZE",
-        "CACHE_BYTES",
-        "BACKUP_ENABLED",
-        "BACKUP_INTERVAL",
-        "BACKUP_RETENTION",
-        "DURABILITY",
-        "MAINTENANCE_INTERVAL",
-        "SYNC_INTERVAL",
-        "ON_WRITE_FAILURE",
-    ]
+_VARIABLES: Final = (
+    "EVENT_STORE_PERSISTENT",
+    "EVENT_STORE_DB_PATH",
+    "EVENT_STORE_MAX_EVENTS",
+    "EVENT_STORE_RETENTION_DAYS",
+    "EVENT_STORE_MAX_BYTES",
+    "EVENT_STORE_CACHE_SIZE",
+    "EVENT_STORE_CACHE_BYTES",
+    "EVENT_STORE_BACKUP_ENABLED",
+    "EVENT_STORE_BACKUP_INTERVAL",
+    "EVENT_STORE_BACKUP_RETENTION",
+    "EVENT_STORE_DURABILITY",
+    "EVENT_STORE_MAINTENANCE_INTERVAL",
+    "EVENT_STORE_SYNC_INTERVAL",
+    "EVENT_STORE_ON_WRITE_FAILURE",
 )
 _VALUES: Final = (
     b"",
@@ -120,7 +117,7 @@ class EnvironmentTarget(Target):
     share = 0.05
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         os.chdir(self._folder)
 
     def draw(self, rng: random.Random) -> Input:
@@ -202,7 +199,7 @@ class PathsTarget(Target):
     share = 0.05
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         for _ in range(2):
             asyncio.run(self._fill(self._home / "store" / "events.db"))
             CliRunner().invoke(main, ["backup", str(self._home / "store" / "events.db")])

@@ -15,8 +15,10 @@ from typing import Final
 
 import msgspec
 
-from crash_fuzz_files import FIRST_ID, STORE_ID, JournalTarget, LaneTarget, RegistryTarget, SegmentTarget
-from crash_fuzz_inputs import Input, Target, altered_json, memory_folder
+from crash_fuzz_files import FIRST_ID, STORE_ID, JournalTarget, SegmentTarget
+from crash_fuzz_inputs import Input, Target, altered_json
+from crash_fuzz_lanes import LaneTarget, RegistryTarget
+from crash_fuzz_records import sealed
 from crash_kill import BrokenPromiseError
 from logstore.errors import GapError, LogstoreError
 from logstore.ops.access import StoreView, open_existing
@@ -72,7 +74,7 @@ class StoreTarget(Target):
     cpu_s = 20.0
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         root = self._home / "template" / "events-log"
         root.mkdir(parents=True)
         with contextlib.closing(Registry(Disk(), root)) as registry:
@@ -161,7 +163,7 @@ class RestoreTarget(Target):
     cpu_s = 20.0
 
     def __init__(self) -> None:
-        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-", dir=memory_folder()))
+        self._home = Path(tempfile.mkdtemp(prefix="logstore-fuzz-"))
         path = self._home / "events.db"
         # The first run of two is dropped, and its file stays: one more stream is in it.
         asyncio.run(_write(path))
@@ -193,8 +195,7 @@ class RestoreTarget(Target):
             self._target.put(f"objects/{digest[:2]}/{digest}", [data])
             other = {**dropped, "sha256": digest, "bytes": len(data)}
             backup = json.dumps(self._manifest).replace(json.dumps(dropped), json.dumps(other)).encode()
-        seal = hashlib.sha256(backup).hexdigest().encode()
-        (self._target.folder / self._key).write_bytes(b'{"sha256":"' + seal + b'","backup":' + backup + b"}")
+        (self._target.folder / self._key).write_bytes(sealed(backup))
         place = self._home / "restored" / "events.db"
         shutil.rmtree(place.parent, ignore_errors=True)
         restore(self._target.folder / self._key, place)

@@ -139,7 +139,7 @@ def _note(store: OpenStore, task: str, started: str, result: Mapping[str, Any]) 
 
 
 def _as_json(result: Mapping[str, Any]) -> str:
-    """Return JSON of ASCII alone: paths are in it, which need not be text, and only there has such a one an escape."""
+    """Return JSON of ASCII alone: paths are in it, which need not be text, and what is none has an escape there."""
     return json.dumps(msgspec.to_builtins(result), separators=(",", ":"))
 
 

@@ -167,7 +167,7 @@ def scan_segment(data: bytes, seed: int) -> Iterator[Chunk]:
     while bodies:
         yield _chunk(bodies, offsets)
         bodies, offsets, offset = _walk(data, seed, offset)
-    # The end, or damage: one search for all behind it, or claims of great lengths would be read again and again.
+    # The end, or damage: one search for all that is behind it, or false lengths would be read again and again.
     salvaged = salvage_frames(data, seed, offset)
     while found := list(islice(salvaged, _CHUNK_EVENTS)):
         yield _chunk([frame[FRAME_HEADER.size :] for _, frame in found], [offset for offset, _ in found])

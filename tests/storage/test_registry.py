@@ -46,8 +46,7 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
 
 def forged(body: bytes, path: Path) -> bytes:
     """Return an entry of a registry file, whatever its body is."""
-    seed = google_crc32c.value(path.read_bytes()[24:32])
-    checksum: int = google_crc32c.extend(seed, body)
+    checksum = int(google_crc32c.extend(google_crc32c.value(path.read_bytes()[24:32]), body))
     return len(body).to_bytes(4, "little") + checksum.to_bytes(4, "little") + body
 
 
