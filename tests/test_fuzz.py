@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 import crash
 from crash_fuzz import TARGETS, FuzzCampaign, draw
-from crash_fuzz_inputs import Input, Target
+from crash_fuzz_inputs import Target
 from logstore.errors import LogstoreError
 
 IN_PROCESS = ["header", "frames", "journal", "segment", "export", "names", "messages", "session-data"]
