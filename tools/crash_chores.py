@@ -97,7 +97,7 @@ def make_index(path: Path) -> Counter[str]:
 
 def compact_eagerly(store: OpenStore) -> Counter[str]:
     """Compact what is worth it, and what would be in a store of many times the size."""
-    vars(compaction).update(_EAGER)
+    compaction.__dict__.update(_EAGER)
     # Another process is at it, or the index was made again meanwhile.
     with contextlib.suppress(StoreLockedError, IndexReplacedError):
         return Counter({"events moved by compaction": compaction.compact(store, Retention()).moved_events})

@@ -70,7 +70,7 @@ class _Server:
 
     def __init__(self) -> None:
         # A refusal takes as long as a look; here nobody measures it.
-        vars(layer)["_REFUSAL_S"] = 0.0
+        layer.__dict__["_REFUSAL_S"] = 0.0
         logging.getLogger("mcp").setLevel(logging.CRITICAL)
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._on_error)

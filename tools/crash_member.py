@@ -104,7 +104,7 @@ def counts_path(reports: Path, life: int) -> Path:
 
 def set_clock_back(milliseconds: int) -> None:
     """Have this process see a clock that is behind the machine's: one that was set back, or put right again."""
-    vars(time)["time_ns"] = lambda: _clock() - milliseconds * 1_000_000
+    time.__dict__["time_ns"] = lambda: _clock() - milliseconds * 1_000_000
 
 
 def live(orders: Orders, commands: int) -> None:
