@@ -12,7 +12,7 @@ from logstore.errors import DamageError, FormatVersionError
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, FileHeader, decode_header
 from logstore.storage.record import Event, encode_frame
-from logstore.storage.segment import SegmentWriter, iter_segment, segment_numbers, segment_path
+from logstore.storage.segment import UNPUBLISHED, SegmentWriter, iter_segment, segment_numbers, segment_path
 from tests.storage.disks import Fault, FaultyDisk, open_descriptors
 
 HEADER = FileHeader(kind=KIND_SEGMENT, store_id=3, salt=5, number=12, incarnation=7)
@@ -51,6 +51,18 @@ def test_the_digest_is_that_of_the_whole_file(root: Path) -> None:
         writer.append(frame)
         assert writer.sha256 == hashlib.sha256(segment_path(root, 12).read_bytes()).hexdigest()
     writer.close()
+
+
+@pytest.mark.promise("compaction-changes-nothing")
+def test_a_segment_that_is_put_in_place_stays_there(root: Path) -> None:
+    disk = FaultyDisk()
+    writer = SegmentWriter(disk, root, HEADER, suffix=UNPUBLISHED)
+    writer.append(frames(1, 1)[0])
+    writer.sync()
+    writer.publish()
+    writer.close()
+    # The index names it from then on, and what it replaces goes.
+    assert disk.calls[-2:] == [("rename", writer.path.name), ("sync_folder", "segments")]
 
 
 def test_reading_ends_at_the_first_bad_frame(root: Path) -> None:
