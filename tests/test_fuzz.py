@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crash
-from crash_fuzz import TARGETS, FuzzCampaign, draw
+from crash_fuzz import TARGETS, FuzzCampaign
+from crash_fuzz_feeding import draw
 from crash_fuzz_inputs import Target
 from logstore.errors import LogstoreError
 
@@ -52,14 +53,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_parser_is_fed_a_few_inputs_by_the_command(tmp_path: Path) -> None:
-    others = [name for name in TARGETS if name not in (*IN_PROCESS, "large-files", "long-json")]
-    place = list(TARGETS).index(others[0])
-    assert place >= 0
     folder = tmp_path / "inputs"
     done = run(crash.__file__, "fuzz", "--seed", "5", "--inputs", "20", "--folder", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in TARGETS:
-        assert f"{name}: refused" in done.stdout
+    # Those of which an input takes a second are left out of so short a campaign.
+    left_out = [name for name in TARGETS if f"  {name}: refused" not in done.stdout]
+    assert left_out == ["large-files", "long-json", "store"]
     assert not folder.exists()
 
 
@@ -71,7 +70,7 @@ def test_a_parser_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
 FAULTY = """
 import ctypes, sys, time
 sys.path.insert(0, {tools!r})
-import crash_fuzz
+import crash_fuzz_feeding
 from crash_fuzz_inputs import MIB, Input, Target
 from crash_kill import BrokenPromiseError
 from logstore.errors import DamageError
@@ -107,7 +106,7 @@ class Faulty(Target):
     number = 0
 
 # Another process goes on behind the one that died, from the beginning: it meets all of it again but that.
-found = crash_fuzz.feed(Faulty, 1, 0, 9)
+found = crash_fuzz_feeding.feed(Faulty, 1, 0, 9)
 print(found.taken, found.refused)
 for failure in found.failures:
     print(failure.number, failure.kind.partition(" at ")[0])
