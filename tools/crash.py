@@ -88,10 +88,10 @@ _KINDS: Final = {
     ),
     "damage": _Kind(
         DamageCampaign,
-        "changed content",
+        "damages",
         "all damage to content was reported, nothing was served that had not been stored, no command broke",
-        "one random place of one file damaged, and everything asked of the store",
-        "Damage a random place of a copy of a store over and over; verify it, read it, open it, repair it.",
+        "random places of files damaged, and everything asked of the store",
+        "Damage a copy of a store over and over, in one place or several; verify it, read it, open it, repair it.",
     ),
     "processes": _Kind(
         ProcessesCampaign,

@@ -1,8 +1,9 @@
-"""The damage campaign: one random place of one file of a store is damaged, and then the store is asked everything.
+"""The damage campaign: random places of files of a store are damaged, and then the store is asked everything.
 
-What must hold, each time: `verify` reports it when content was changed; no event is served that is not the original
-one; no command ends in a traceback, or not at all. What content is, is decided here, by the bytes that held some before
-the damage, by the rows of the index, and by what is served.
+What must hold, each time: `verify` names each file of which content was changed; no event is served that is not the
+original one; no command ends in a traceback, or not at all. What content is, is decided here, by the bytes that held
+some before the damage, by the rows of the index, and by what is served. Many copies have one damage, which nothing can
+hide behind; most have several, each in a file of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from logstore.errors import DamageError, GapError, LogstoreError
 from logstore.ops.access import StoreView, open_existing
 from logstore.ops.backup.create import create_backup
 from logstore.ops.backup.manifest import read_manifest
-from logstore.ops.backup.pool import FolderTarget, default_backups
+from logstore.ops.backup.pool import MANIFEST_SUFFIX, FolderTarget, default_backups
 from logstore.ops.compaction.compact import compact
 from logstore.ops.verify.dump import dump
 from logstore.ops.verify.repair import repair
@@ -54,17 +55,30 @@ _SMALL: Final = LogOptions(
 )
 _BY_COMMAND: Final = 0.03
 _REPAIRED: Final = 0.1
+_SINGLE: Final = 0.25
+"""Of the copies so many get one damage."""
+_MOST_DAMAGES: Final = 16
+_SHARES: Final = {"journal": 30, "segment": 30, "registry": 8, "catalogue": 20, "backup": 8, "lane": 4}
+_INDEPENDENT: Final = ("journal", "segment", "segment", "backup", "lane")
+"""What is damaged in copies that get several: the index and the registry say what is wrong with others."""
+_INDEX: Final = "events.db"
 
 Events = dict[str, list[tuple[int, int, bytes]]]
 """Of each stream `(id, flags, payload)`, in order."""
 
 
 class Damage(NamedTuple):
-    """What was done to which file."""
+    """What was done to which file, and with which other one, if it took two."""
 
     kind: str
     file: str
     words: str
+    other: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that are not what they were."""
+        return (self.file,) if self.other is None else (self.file, self.other)
 
 
 class _Part(NamedTuple):
@@ -92,12 +106,12 @@ async def main(path, name, unsealed):
         print('open', flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         if unsealed:
-            await log.append_many([(f'{name}/grown', os.urandom(4000), 0) for _ in range(80)])
+            await log.append_many([(f'{name}/grown', os.urandom(4000), 0) for _ in range(30)])
             while log.stats().unsegmented_bytes:
                 await asyncio.sleep(0.01)
         else:
-            for number in range(60):
-                await log.append(f'{name}/{number % 4}', os.urandom(2000), 2)
+            for number in range(24):
+                await log.append(f'{name}/{number % 3}', os.urandom(5000), 2)
                 await log.append_many([(f'shared {name}', os.urandom(90), 0) for _ in range(3)])
         print('ready', flush=True)
         await asyncio.to_thread(sys.stdin.readline)
@@ -145,7 +159,7 @@ class DamageCampaign:
         asyncio.run(_write_sealed(path))
         store = open_existing(path)
         try:
-            compact(store, Retention(max_events=150, resume_window_s=0), segment_bytes=64 << 10)
+            compact(store, Retention(max_events=45, resume_window_s=0), segment_bytes=64 << 10)
         finally:
             store.close(empty=True)
         store = open_existing(path)
@@ -233,15 +247,17 @@ class DamageCampaign:
         """
         rng = random.Random(f"{self._seed} {number}")
         copy = self._copied()
-        damage = self._damage(copy, rng)
-        self.figures[f"damages: {damage.kind}"] += 1
-        with _deadline(damage):
+        damages = self._damages(copy, rng)
+        self.figures["damages"] += len(damages)
+        for damage in damages:
+            self.figures[f"damages: {damage.kind}"] += 1
+        with _deadline(damages):
             try:
-                self._ask(copy, damage, rng)
-            except BrokenPromiseError:
-                raise
+                self._ask(copy, damages, rng)
+            except BrokenPromiseError as error:
+                raise BrokenPromiseError(f"{error}; damaged was {_words(damages)}") from error
             except Exception as error:
-                raise BrokenPromiseError(f"{damage}: {type(error).__name__}: {error}") from error
+                raise BrokenPromiseError(f"{type(error).__name__}: {error}; damaged was {_words(damages)}") from error
 
     def finish(self) -> None:
         """Remove the last copy."""
@@ -253,15 +269,28 @@ class DamageCampaign:
         shutil.copytree(self._home, self._copy)
         return self._copy
 
-    def _damage(self, copy: Path, rng: random.Random) -> Damage:
-        weights = {"journal": 30, "segment": 30, "registry": 8, "catalogue": 20, "backup": 8, "lane": 4}
-        group = rng.choices(list(weights), list(weights.values()))[0]
-        name = rng.choice(self._files[group])
+    def _damages(self, copy: Path, rng: random.Random) -> list[Damage]:
+        """Damage one file, or several of which none is needed to see what is wrong with another."""
+        if rng.random() < _SINGLE:
+            return [self._damage(copy, rng, rng.choices(list(_SHARES), list(_SHARES.values()))[0], set())]
+        damages: list[Damage] = []
+        touched = {name for name in self._files["backup"] if name.endswith(MANIFEST_SUFFIX)}
+        for _ in range(rng.randint(2, _MOST_DAMAGES)):
+            group = rng.choice(_INDEPENDENT)
+            if any(_holder(each) not in touched for each in self._files[group]):
+                damages.append(self._damage(copy, rng, group, touched))
+                touched.update(map(_holder, damages[-1].files))
+        return damages
+
+    def _damage(self, copy: Path, rng: random.Random, group: str, touched: set[str]) -> Damage:
+        free = [each for each in self._files[group] if _holder(each) not in touched]
+        name = rng.choice(free)
         path = copy / name
         data = bytearray(path.read_bytes())
         kind = rng.choice(("flip", "zeros", "page", "truncation", "swap", "duplicate", "garbage"))
         place = self._place(name, len(data), rng)
         words = f"at {place} of {len(data)}"
+        other = None
         if kind == "flip":
             data[place] ^= 1 << rng.randrange(8)
         elif kind == "zeros":
@@ -280,14 +309,14 @@ class DamageCampaign:
         elif kind == "garbage":
             data += rng.randbytes(rng.choice((1, 100, 5000)))
         else:
-            others = [each for each in self._files[group] if each != name and Path(each).suffix == Path(name).suffix]
+            others = [each for each in free if each != name and Path(each).suffix == Path(name).suffix]
             if others:
                 other = rng.choice(others)
                 words = f"with {other}"
                 data, rest = bytearray((copy / other).read_bytes()), data
                 (copy / other).write_bytes(rest)
         path.write_bytes(data)
-        return Damage(kind, name, words)
+        return Damage(kind, name, words, other)
 
     def _place(self, name: str, size: int, rng: random.Random) -> int:
         """Return a place in a file, mostly where it holds something."""
@@ -299,72 +328,83 @@ class DamageCampaign:
             return rng.randrange(min(size, 100))
         return rng.randrange(size)
 
-    def _ask(self, copy: Path, damage: Damage, rng: random.Random) -> None:
+    def _ask(self, copy: Path, damages: list[Damage], rng: random.Random) -> None:
         path = copy / "events.db"
-        why = self._changed(copy, damage)
+        changed = self._changed(copy, damages)
         by_command = rng.random() < _BY_COMMAND
-        report, refusal = self._verify(path, damage, by_command=by_command)
-        self._dump(copy / damage.file, damage, by_command=by_command)
-        self._look(path, damage)
-        repaired = rng.random() < _REPAIRED
+        findings, refusal = self._verify(path, by_command=by_command)
+        for name in sorted({name for damage in damages for name in damage.files}):
+            self._dump(copy / name, by_command=by_command)
+        self._look(path)
         served: Events | None = None
         try:
-            if repaired:
-                self._repair(path, damage, report)
+            if rng.random() < _REPAIRED:
+                self._repair(path, ok=not findings)
             served = self._read_opened(path)
         except LogstoreError as error:
             # An open that is refused serves nothing wrong.
             self.figures[f"refused to open: {type(error).__name__}"] += 1
         if served is not None:
-            self.compare(served, damage)
-            if served != self.events and not damage.file.startswith("events-backups/"):
-                why = why or "what is served is less"
-        told = refusal is not None or (report is not None and not report)
-        if why:
-            self.figures["changed content"] += 1
-            if not told:
-                raise BrokenPromiseError(f"{damage}: verify is content, but {why}")
-            self.figures["changed content and were reported"] += 1
-        elif told:
-            self.figures["changed no content and were reported"] += 1
-        else:
-            self.figures["changed no content and were not reported"] += 1
+            self.compare(served)
+            if served != self.events and not changed and not findings and refusal is None:
+                raise BrokenPromiseError("verify is content, but what is served is less")
+        self._judge(damages, changed, findings, refusal)
 
-    def _verify(self, path: Path, damage: Damage, *, by_command: bool) -> tuple[bool | None, str | None]:
-        """Return whether `verify` is content, or why it refused."""
+    def _judge(self, damages: list[Damage], changed: dict[str, str], findings: list[str], refusal: str | None) -> None:
+        """Expect each file with changed content to be named; of the index, that anything is reported."""
+        for damage in damages:
+            whys = [(name, changed[name]) for name in damage.files if name in changed]
+            is_named = any(found.endswith(name) for found in findings for name in damage.files)
+            if not whys:
+                self.figures[f"changed no content and were {'' if is_named else 'not '}reported"] += 1
+                continue
+            self.figures["changed content"] += 1
+            for name, why in whys:
+                is_index = name.startswith(_INDEX)
+                if refusal is None and not any(is_index or found.endswith(name) for found in findings):
+                    raise BrokenPromiseError(f"verify is content with {name}, but {why}; it names {findings}")
+            self.figures["changed content and were reported"] += 1
+
+    def _verify(self, path: Path, *, by_command: bool) -> tuple[list[str], str | None]:
+        """Return the files that `verify` names, or why it refused."""
         if by_command:
             result = CliRunner().invoke(cli, ["verify", str(path), "--json"])
-            self._expect_no_traceback(result.exception, damage, "verify")
+            self._expect_no_traceback(result.exception, "verify")
             self.figures["asked by command"] += 1
             if result.exit_code == 1 and not result.stdout.startswith("{"):
-                return None, result.output
-            return bool(json.loads(result.stdout)["ok"]), None
+                self.figures["verify refused"] += 1
+                return [], result.output
+            said = json.loads(result.stdout)
+            if said["ok"] != (not said["findings"]) or result.exit_code != (not said["ok"]):
+                raise BrokenPromiseError(f"verify ends with {result.exit_code} and says {said}")
+            return [each["file"] for each in said["findings"]], None
         try:
             quick = verify(path, quick=True)
             report = verify(path)
         except LogstoreError as error:
-            return None, str(error)
+            self.figures["verify refused"] += 1
+            return [], str(error)
         self.figures["found by --quick"] += not quick.ok
-        return report.ok, None
+        return [each.file for each in report.findings], None
 
-    def _dump(self, file: Path, damage: Damage, *, by_command: bool) -> None:
+    def _dump(self, file: Path, *, by_command: bool) -> None:
         if file.suffix not in (".journal", ".segment", ".log"):
             return
         if by_command:
             result = CliRunner().invoke(cli, ["dump", str(file), "--json"])
-            self._expect_no_traceback(result.exception, damage, "dump")
+            self._expect_no_traceback(result.exception, "dump")
             return
         with contextlib.suppress(LogstoreError):
             ends = [(each.offset, each.size) for each in dump(file) if each.what != "batch"]
             if ends != sorted(ends):
-                raise BrokenPromiseError(f"{damage}: dump does not go forward")
+                raise BrokenPromiseError(f"dump of {file} does not go forward")
 
     @staticmethod
-    def _expect_no_traceback(error: BaseException | None, damage: Damage, command: str) -> None:
+    def _expect_no_traceback(error: BaseException | None, command: str) -> None:
         if error is not None and not isinstance(error, SystemExit):
-            raise BrokenPromiseError(f"{damage}: {command} ended in {type(error).__name__}: {error}") from error
+            raise BrokenPromiseError(f"{command} ended in {type(error).__name__}: {error}") from error
 
-    def _look(self, path: Path, damage: Damage) -> None:
+    def _look(self, path: Path) -> None:
         """Read everything without opening the store."""
         found: Events = {}
         try:
@@ -373,17 +413,17 @@ class DamageCampaign:
                     found[stream] = list(_read(view.reader, stream))
         except LogstoreError as error:
             self.figures[f"refused to look: {type(error).__name__}"] += 1
-        self.compare(found, damage)
+        self.compare(found)
 
-    def _repair(self, path: Path, damage: Damage, ok: bool | None) -> None:
+    def _repair(self, path: Path, *, ok: bool) -> None:
         done = repair(path)
-        self.figures["repaired"] += ok is not True
+        self.figures["repaired"] += not ok
         left = [each for each in done.report.findings if each.kind not in ("backup", "conflict")]
         if left:
-            raise BrokenPromiseError(f"{damage}: after repair there is still {left[:3]}; done was {done.actions}")
-        self.figures["clean after repair"] += ok is not True
+            raise BrokenPromiseError(f"after repair there is still {left[:3]}; done was {done.actions}")
+        self.figures["clean after repair"] += not ok
 
-    def compare(self, found: Events, damage: Damage) -> None:
+    def compare(self, found: Events) -> None:
         """Compare what was served with what was stored.
 
         Raises:
@@ -395,28 +435,34 @@ class DamageCampaign:
             last = 0
             for event in events:
                 if known.get(event[0]) != event:
-                    raise BrokenPromiseError(
-                        f"{damage}: stream {stream!r} has event {event[:2]}, which was never there"
-                    )
+                    raise BrokenPromiseError(f"stream {stream!r} has event {event[:2]}, which was never there")
                 if event[0] <= last:
-                    raise BrokenPromiseError(f"{damage}: stream {stream!r} has event {event[0]} after {last}")
+                    raise BrokenPromiseError(f"stream {stream!r} has event {event[0]} after {last}")
                 last = event[0]
 
-    def _changed(self, copy: Path, damage: Damage) -> str | None:
-        """Say what content is not what it was, None when all of it is."""
+    def _changed(self, copy: Path, damages: list[Damage]) -> dict[str, str]:
+        """Return the files of which content is not what it was, each with what is not."""
+        changed: dict[str, str] = {}
         for name, parts in self._parts.items():
             before, now = (self._home / name).read_bytes(), (copy / name).read_bytes()
             if before == now:
                 continue
             for start, end in parts:
                 if before[start:end] != now[start:end]:
-                    return f"{name} was changed between {start} and {end}"
+                    changed[name] = f"it was changed between {start} and {end}"
+                    break
+        for name in (file for damage in damages for file in damage.files if file.startswith(_INDEX)):
+            if why := self._changed_rows(copy, cut_off=name.endswith("-wal")):
+                changed[name] = why
+        return changed
+
+    def _changed_rows(self, copy: Path, *, cut_off: bool) -> str | None:
         rows = _logical_rows(copy / "events.db")
         if isinstance(rows, str) or isinstance(self._rows, str):
             return f"the index cannot be read: {rows}"
         for table, found in rows.items():
             known = self._rows[table]
-            if table in _COPIES and damage.file.endswith("-wal"):
+            if table in _COPIES and cut_off:
                 # A log of SQLite's that is cut off leaves an earlier state; these are copies of what files have.
                 continue
             altered = found - known if table in _COPIES else found ^ known
@@ -475,8 +521,8 @@ async def _write_sealed(path: Path) -> None:
         for turn in range(3):
             # Streams of their own, large enough for a file of their own.
             for stream in ("large", "larger"):
-                await log.append_many([(stream, os.urandom(3000), 1) for _ in range(100)])
-            for number in range(25):
+                await log.append_many([(stream, os.urandom(3000), 1) for _ in range(30)])
+            for number in range(8):
                 await log.append_many([(f"tiny {number}", os.urandom(50 + turn), 2)] * 2)
             await _in_segments(log)
         await log.sessions.end("session 5")
@@ -523,12 +569,21 @@ def _name(home: Path, path: Path) -> str:
     return str(path.relative_to(home))
 
 
+def _holder(name: str) -> str:
+    """Return what is damaged once at most: a file, or a lane, whose journals tell of each other."""
+    return str(Path(name).parent) if "/lanes/" in name else name
+
+
+def _words(damages: list[Damage]) -> str:
+    return "; ".join(f"{each.file}: {each.kind} {each.words}" for each in damages)
+
+
 @contextlib.contextmanager
-def _deadline(damage: Damage) -> Generator[None]:
+def _deadline(damages: list[Damage]) -> Generator[None]:
     """End what hangs."""
 
     def late(_signal: int, _frame: FrameType | None) -> None:
-        raise BrokenPromiseError(f"{damage}: not done within {RUN_S} s")
+        raise BrokenPromiseError(f"not done within {RUN_S} s; damaged was {_words(damages)}")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(RUN_S)
