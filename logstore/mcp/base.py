@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, cast
+from typing import Any, Final, Protocol, Self
 
 from mcp.server.streamable_http import EventMessage, EventStore
-from mcp_types import INVALID_REQUEST, ErrorData, JSONRPCError, JSONRPCMessage
+from mcp_types import INVALID_REQUEST, ErrorData, JSONRPCError
 
 from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosedError
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
@@ -255,8 +255,9 @@ async def replay(log: EventLog, stream: str, after: str, send_callback: EventCal
     while events := await log.read(stream, after, limit):
         for event in events:
             if not event.flags & FLAG_PRIMING:
+                message: Any = decode(event)
                 # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
-                await send_callback(EventMessage(cast("JSONRPCMessage", decode(event)), event.event_id))
+                await send_callback(EventMessage(message, str(event.id)))
             if event.flags & FLAG_FINAL:
                 return
         after, limit = events[-1].event_id, next_page_events(events)

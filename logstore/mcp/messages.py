@@ -68,7 +68,9 @@ def encode(stream_id: str, message: Message | None) -> tuple[bytes, int]:
     """
     if message is None:
         return b"", FLAG_PRIMING
-    if isinstance(message, _MODELS):
+    if isinstance(message, _NO_ANSWERS):
+        return _encode_model(message), FLAG_MODEL
+    if isinstance(message, _ANSWERS):
         return _encode_model(message), FLAG_MODEL | (FLAG_FINAL if _ends_stream(stream_id, message) else 0)
     return _encode_plain(message), 0
 
@@ -150,13 +152,12 @@ def _model_of(fields: dict[str, Any], event: Event) -> JSONRPCMessage:
     return JSONRPCResponse.model_construct(**fields)
 
 
-def _ends_stream(stream_id: str, message: JSONRPCMessage) -> bool:
-    """Whether a message is the response that the stream of a request ends with.
+def _ends_stream(stream_id: str, message: JSONRPCResponse | JSONRPCError) -> bool:
+    """Whether a response is the one that the stream of a request ends with.
 
     Other streams hold responses too, when somebody stores them there; they go on.
     """
-    # What a model is comes out at once; what it is not, pydantic looks for in Python.
-    if isinstance(message, _NO_ANSWERS) or message.id is None:
+    if message.id is None:
         return False
     request_id = str(message.id)
     return stream_id == request_id or split_transport_prefix(stream_id)[1] == request_id

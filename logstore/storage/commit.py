@@ -147,10 +147,15 @@ class GroupCommit:
 
     # Appending.
 
-    async def append(self, stream: str, payload: bytes, flags: int) -> int:
-        """Append one event and return its id; durable on return as the options say."""
-        if not self._loop_runs() or get_ident() != self._thread or not self._room.is_set():
-            await self._ready()
+    def is_ready(self) -> bool:
+        """Whether an event may be added at once; if not, `ready` is to be awaited first."""
+        return self._loop_runs() and get_ident() == self._thread and self._room.is_set()
+
+    def add(self, stream: str, payload: bytes, flags: int) -> tuple[int, asyncio.Future[None] | None]:
+        """Add one event; return its id and what is done when it is as durable as the options say, None when it is.
+
+        Not a coroutine: one more of them that is entered again after the commit would be a twentieth of an append.
+        """
         now_us = time.time_ns() // 1000
         owner = self._tail.streams.get(stream) or self._begin_stream(stream)
         event_id = self._lane.ids.next(now_us)
@@ -165,15 +170,11 @@ class GroupCommit:
             pending.ids.append(event_id)
             pending.frames.append(frame)
             pending.owners.append(owner)
-            await self._commit_of(pending)
-        return event_id
+            return event_id, self._commit_of(pending)
+        return event_id, None
 
-    async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[int]:
-        """Append events in one commit and return their ids in the order given; all of them or none."""
-        if not items:
-            return []
-        if not self._loop_runs() or get_ident() != self._thread or not self._room.is_set():
-            await self._ready()
+    def add_many(self, items: Sequence[tuple[str, bytes, int]]) -> tuple[list[int], asyncio.Future[None] | None]:
+        """As `add`, events that are committed together, all of them or none; the ids are in the order given."""
         now_us = time.time_ns() // 1000
         owners = [self._tail.streams.get(stream) or self._begin_stream(stream) for stream, _, _ in items]
         last = {owner: owner.last for owner in owners}
@@ -193,8 +194,8 @@ class GroupCommit:
             self._write_now(ids, frames, owners)
         else:
             self._pending.add(ids, frames, owners)
-            await self._commit_of(self._pending)
-        return ids
+            return ids, self._commit_of(self._pending)
+        return ids, None
 
     def _encode(self, event: Event) -> bytes:
         try:
@@ -206,7 +207,7 @@ class GroupCommit:
         check_stream_name(name)
         return self._tail.stream(name, self._others())
 
-    async def _ready(self) -> None:
+    async def ready(self) -> None:
         """Take up the running loop, and wait for room in the journal while that helps."""
         if not self._closed:
             self.bind()

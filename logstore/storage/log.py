@@ -188,16 +188,28 @@ class Log:
             WriteFailedError: The disk failed and the policy is `raise`.
             StoreClosedError: The log was closed.
         """
-        parts = self._parts or await self._ready()
-        return str(await parts.commit.append(stream, payload, flags))
+        commit = (self._parts or await self._ready()).commit
+        if not commit.is_ready():
+            await commit.ready()
+        event_id, committed = commit.add(stream, payload, flags)
+        if committed is not None:
+            await committed
+        return str(event_id)
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events `(stream, payload, flags)` in one commit and return their ids in the order given.
 
         Durable on return, and errors, as `append`; all of them are stored or none.
         """
-        parts = self._parts or await self._ready()
-        return [str(event_id) for event_id in await parts.commit.append_many(items)]
+        commit = (self._parts or await self._ready()).commit
+        if not items:
+            return []
+        if not commit.is_ready():
+            await commit.ready()
+        ids, committed = commit.add_many(items)
+        if committed is not None:
+            await committed
+        return list(map(str, ids))
 
     # Reading.
 
