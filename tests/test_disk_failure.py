@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,11 +21,23 @@ from logstore.errors import GapError, WriteFailedError
 from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy, commit
 from logstore.storage.files import Disk
 from logstore.storage.worker import Timers
-from tests.engine import deadline, eventually, in_segments, payloads, read_all, read_to_gap, small
+from tests.engine import deadline, eventually, in_segments, payloads, process, read_all, read_to_gap, small
+from tests.storage.disks import Fault, FaultyDisk
 
 MODES: Final[tuple[Durability, ...]] = ("always", "interval", "os")
 POLICIES: Final[tuple[WriteFailurePolicy, ...]] = ("degrade", "raise")
 AT_ONCE: Final = 8
+KILLED: Final = """
+import asyncio, os, signal, sys
+from logstore.storage import Log
+
+async def main():
+    log = Log(sys.argv[1])
+    await log.append('one', b'1')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
 Until = Literal["once", "mended", "closed"]
 UNTIL: Final[tuple[Until, ...]] = ("once", "mended", "closed")
 STRIDE: Final = int(os.environ.get("LOGSTORE_FAULT_STRIDE", "9"))
@@ -568,6 +581,45 @@ async def test_a_store_that_cannot_be_read_says_so_and_opens_when_it_can(tmp_pat
         await log.close()
     await log.close()
     assert failures > 10
+
+
+@pytest.mark.promise("unreadable-is-told")
+@pytest.mark.parametrize("file", ["journal", "registry.log", "state"])
+async def test_a_file_that_the_disk_no_longer_gives_is_named_with_what_to_do(tmp_path: Path, file: str) -> None:
+    path = tmp_path / "events.db"
+    with process(KILLED, path) as writer:
+        assert await writer.rest_after_kill() == []
+    disk = FaultyDisk()
+    disk.fail(Fault("read", name=file, from_then_on=True))
+    log = Log(path, small(), disk)
+    with pytest.raises(WriteFailedError, match=rf"{file}'.*ddrescue.*logstore repair") as refused:
+        await log.open()
+    assert str(path) in str(refused.value)
+    disk.heal()
+    assert await payloads(log, "one") == [b"1"]
+    await log.close()
+
+
+@pytest.mark.promise("unreadable-is-told")
+async def test_an_index_that_the_disk_no_longer_gives_is_made_again_once_it_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "events.db"
+    async with Log(path, small()) as log:
+        await log.append("one", b"1")
+
+    def refuse(*_: object, **__: object) -> sqlite3.Connection:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr("sqlite3.connect", refuse)
+        with pytest.raises(WriteFailedError, match=r"disk I/O error; if it is the catalogue .* move it away"):
+            await Log(path, small()).open()
+    path.rename(tmp_path / "away.db")
+    async with Log(path, small()) as log:
+        assert await payloads(log, "one") == [b"1"]
 
 
 @pytest.mark.promise("sessions-outlive-faults")

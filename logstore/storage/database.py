@@ -22,6 +22,11 @@ def is_damage(error: BaseException) -> bool:
     return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
+def is_io_error(error: BaseException) -> bool:
+    """Whether an error says that the disk refused a read, a write or a sync."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_IOERR
+
+
 @contextlib.contextmanager
 def damage_of(path: Path) -> Generator[None]:
     """Raise damage that SQLite finds in the block as that of a certain file, where another one is worked on, too.

@@ -69,6 +69,14 @@ class Lock:
         self.release()
 
 
+def _naming(error: OSError, fd: int) -> OSError:
+    """Return an error of a call that has no path with the path of its file, where the system tells (Linux)."""
+    try:
+        return OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:
+        return error
+
+
 class Disk:
     """Files, folders, syncs and locks of the real operating system."""
 
@@ -91,27 +99,37 @@ class Disk:
         Raises:
             OSError: The disk refused; what was written of `data` is not known.
         """
-        written = os.pwrite(fd, data, offset)
-        if written != len(data):
-            rest = memoryview(data)[written:]
-            while rest:
-                offset += written
-                written = os.pwrite(fd, rest, offset)
-                rest = rest[written:]
+        try:
+            written = os.pwrite(fd, data, offset)
+            if written != len(data):
+                rest = memoryview(data)[written:]
+                while rest:
+                    offset += written
+                    written = os.pwrite(fd, rest, offset)
+                    rest = rest[written:]
+        except OSError as error:
+            raise _naming(error, fd) from None
 
     def read(self, fd: int, length: int, offset: int) -> bytes:
-        """Return up to `length` bytes from `offset`; fewer only at the end of the file."""
+        """Return up to `length` bytes from `offset`; fewer only at the end of the file.
+
+        Raises:
+            OSError: The disk does not give them.
+        """
         if length > _READ_STEP:
             # Room for all of it is made before anything is read, and a length may be anybody's word.
             length = min(length, max(0, self.size(fd) - offset))
-        data = os.pread(fd, length, offset)
-        if len(data) == length or not data:
-            return data
-        pieces = [data]
-        done = len(data)
-        while done < length and (data := os.pread(fd, min(length - done, _READ_STEP), offset + done)):
-            pieces.append(data)
-            done += len(data)
+        try:
+            data = os.pread(fd, length, offset)
+            if len(data) == length or not data:
+                return data
+            pieces = [data]
+            done = len(data)
+            while done < length and (data := os.pread(fd, min(length - done, _READ_STEP), offset + done)):
+                pieces.append(data)
+                done += len(data)
+        except OSError as error:
+            raise _naming(error, fd) from None
         return b"".join(pieces)
 
     def read_file(self, path: Path) -> bytes:
@@ -151,12 +169,19 @@ class Disk:
         return os.fstat(fd).st_ino
 
     def sync(self, fd: int) -> None:
-        """Return when the file's bytes, and its length, are on disk."""
-        if sys.platform == "darwin":
-            # fsync on macOS leaves the data in the drive's cache.
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fdatasync(fd)
+        """Return when the file's bytes, and its length, are on disk.
+
+        Raises:
+            OSError: The disk refused; what it has of the file is not known.
+        """
+        try:
+            if sys.platform == "darwin":
+                # fsync on macOS leaves the data in the drive's cache.
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            else:
+                os.fdatasync(fd)
+        except OSError as error:
+            raise _naming(error, fd) from None
 
     def forget_cache(self, fd: int) -> None:
         """Have the next read come from the device, where the system can do that.

@@ -6,6 +6,7 @@ journal that is gone has been checkpointed, its events are in the catalogue.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from bisect import bisect_right
@@ -46,6 +47,7 @@ class _Journal:
 
     def __init__(self, disk: Disk, path: Path) -> None:
         self._disk = disk
+        self._path = path
         self._fd = disk.open(path)
         try:
             # Read once: its writer may be writing it at this moment.
@@ -65,7 +67,7 @@ class _Journal:
         grown: set[str] = set()
         if stop <= start:
             return grown
-        data = self._disk.read(self._fd, stop - start, start)
+        data = self._read(stop - start, start)
         for batch in self._reader.batches(data, start):
             body = batch.end - len(batch.body)
             for offset, frame in iter_frames(batch.body, self.header.seed):
@@ -80,10 +82,28 @@ class _Journal:
         spots = self.streams.get(stream, [])
         place = bisect_right(spots, after, key=_id_of)
         spots = spots[place : place + limit]
-        return [self._disk.read(self._fd, spot.length, spot.offset) for spot in spots]
+        return [self._read(spot.length, spot.offset) for spot in spots]
+
+    def _read(self, length: int, offset: int) -> bytes:
+        """Return bytes of the file.
+
+        Raises:
+            DamageError: The disk does not give them, which is as good as damage.
+        """
+        try:
+            return self._disk.read(self._fd, length, offset)
+        except OSError as error:
+            raise _as_damage(error, self._path, offset, length) from error
 
     def close(self) -> None:
         self._disk.close(self._fd)
+
+
+def _as_damage(error: OSError, path: Path, offset: int, length: int) -> Exception:
+    """Return damage for an error that says that the disk does not give some bytes, which is as good as that."""
+    if error.errno != errno.EIO:
+        return error
+    return DamageError(path, offset, length, f"the disk does not give them: {error}")
 
 
 class _Lane:
@@ -126,6 +146,8 @@ class _Lane:
             except (FileNotFoundError, DamageError):
                 # Checkpointed since, or only being made: nothing of it is visible.
                 continue
+            except OSError as error:
+                raise _as_damage(error, journal_path(self.folder, new), 0, HEADER_BYTES) from error
         return grown
 
     def read_on(self, visible: Place) -> set[str]:

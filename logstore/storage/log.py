@@ -232,7 +232,7 @@ class Log:
         Raises:
             UnknownEventError: `after` is not an event id.
             GapError: The next event existed and is gone; what comes before a gap is returned first.
-            DamageError: The catalogue cannot be read.
+            DamageError: The catalogue, or a journal of another process, cannot be read.
         """
         parts = await self._ready()
         started_s = time.monotonic()

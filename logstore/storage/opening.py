@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import secrets
 import sqlite3
@@ -16,7 +17,7 @@ from typing import Final
 from logstore.errors import DamageError, IndexReplacedError, NotAStoreError, StoreLockedError, WriteFailedError
 from logstore.storage.catalogue import Catalogue
 from logstore.storage.checkpoint import Journal, SegmentStore
-from logstore.storage.database import damage_of, inspect_file, is_damage, is_whole
+from logstore.storage.database import damage_of, inspect_file, is_damage, is_io_error, is_whole
 from logstore.storage.files import Disk, Lock, lock_holders, refuse_unsupported_place
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, KIND_SEGMENT, decode_header
 from logstore.storage.ids import IdGenerator, lane_of
@@ -40,6 +41,14 @@ _LOCK_PATIENCE_S: Final = 300.0
 _RESERVE_BYTES: Final = 8 << 20
 _RESERVE_FROM_BYTES: Final = 64 << 20
 _PROBE_BYTES: Final = 64 << 10
+_UNREADABLE_FILE: Final = (
+    "; if it stays so, put a copy of what can be read of that file in its place, with zeros for the rest (ddrescue "
+    "makes one): `logstore repair` then keeps what is whole. Or restore a backup"
+)
+_UNREADABLE_INDEX: Final = (
+    "; if it is the catalogue that the disk no longer gives, move it away with its -wal and -shm: the next opening "
+    "makes it again from the log"
+)
 
 
 def log_folder(path: Path) -> Path:
@@ -96,10 +105,11 @@ class OpenStore:
         try:
             self._open_and_mend()
         except OSError as error:
-            raise WriteFailedError(f"the store {path} cannot be opened: {error}") from error
+            advice = _UNREADABLE_FILE if error.errno == errno.EIO else ""
+            raise WriteFailedError(f"the store {path} cannot be opened: {error}{advice}") from error
         except sqlite3.Error as error:
             cause = self._cause()
-            reason = f"{error} ({cause})" if cause else str(error)
+            reason = f"{error} ({cause})" if cause else f"{error}{_UNREADABLE_INDEX if is_io_error(error) else ''}"
             raise WriteFailedError(f"the store {path} cannot be opened: {reason}") from cause or error
 
     def _cause(self) -> OSError | None:

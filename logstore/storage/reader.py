@@ -108,7 +108,7 @@ class Reader:
 
         Raises:
             GapError: The next event existed and is gone.
-            DamageError: The catalogue cannot be read.
+            DamageError: The catalogue, or a journal of another process, cannot be read.
         """
         self._foreign.read_on()
         elsewhere = self._foreign.frames(stream, after, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -373,3 +374,17 @@ def test_a_system_without_flock_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(NotAStoreError, match="runs on Linux and macOS; win32"):
         refuse_unsupported_place(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the path of a descriptor")
+@pytest.mark.promise("unreadable-is-told")
+def test_an_error_of_a_call_on_a_descriptor_names_the_file(tmp_path: Path) -> None:
+    disk = Disk()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        # A folder's descriptor refuses them all.
+        for call in (lambda: disk.read(folder, 1, 0), lambda: disk.write(folder, b"1", 0)):
+            with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+                call()
+    finally:
+        os.close(folder)

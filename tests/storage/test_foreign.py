@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from logstore.errors import DamageError
 from logstore.storage.files import Disk
 from logstore.storage.foreign import Foreign
 from logstore.storage.header import KIND_JOURNAL, FileHeader, frame_seed
 from logstore.storage.journal import JournalWriter
 from logstore.storage.lane import Marks, journal_path
 from logstore.storage.record import Event, encode_frame
+from tests.storage.disks import Fault, FaultyDisk
 
 STORE_ID = 8
 FRAME = encode_frame(Event(7, 0, 1_790_000_000_000_000, "s", 0, b"payload"), frame_seed(STORE_ID))
@@ -47,3 +52,31 @@ def test_a_journal_whose_header_is_being_written_is_read_once_it_is_whole(tmp_pa
     assert foreign.frames("s", 0, 10) == [FRAME]
     foreign.close()
     marks.close()
+
+
+@pytest.mark.promise("unreadable-is-told")
+@pytest.mark.parametrize("what", ["header", "batches", "frames"])
+def test_a_journal_that_the_disk_does_not_give_is_told_as_damaged(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "lanes" / "0001"
+    folder.mkdir(parents=True)
+    path = journal_path(folder, 1)
+    writer = JournalWriter(Disk(), path, FileHeader(kind=KIND_JOURNAL, store_id=STORE_ID, salt=1, number=1))
+    writer.write([FRAME])
+    writer.close()
+    disk = FaultyDisk()
+
+    def read() -> list[bytes]:
+        foreign.read_on()
+        return foreign.frames("s", 0, 10)
+
+    with contextlib.closing(Marks(Disk(), folder)) as marks, contextlib.closing(Foreign(disk, tmp_path, 0)) as foreign:
+        marks.begin(1)
+        marks.show(1, writer.end)
+        if what == "frames":
+            foreign.read_on()
+        disk.fail(Fault("read", at=2 if what == "batches" else 1, name=path.name))
+        with pytest.raises(DamageError, match="the disk does not give them") as told:
+            read()
+        assert told.value.path == path
+        # It may give them the next time.
+        assert read() == [FRAME]

@@ -124,7 +124,8 @@ class LaneLook:
         ends: dict[int, int] = {}
         for ordinal in ordinals:
             path = journal_path(self._folder, ordinal)
-            with contextlib.suppress(FileNotFoundError, DamageError, FormatVersionError):
+            # One that the disk does not give is told when it is read whole.
+            with contextlib.suppress(OSError, DamageError, FormatVersionError):
                 fd = self._disk.open(path)
                 try:
                     header = read_header(self._disk, fd, path)
