@@ -433,6 +433,40 @@ def test_what_was_decided_is_not_undone_when_the_disk_fails_at_that_moment(
     assert contents(path) == new
 
 
+class Switching(Disk):
+    """Notes what moves away, what moves in, and which folders are synced."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, str]] = []
+
+    def rename(self, source: Path, target: Path) -> None:
+        if "replaced" in target.parts:
+            self.steps.append(("away", target.name))
+        elif "restoring" in source.parts and "restoring" not in target.parts:
+            self.steps.append(("in", target.name))
+        super().rename(source, target)
+
+    def sync_folder(self, folder: Path) -> None:
+        self.steps.append(("synced", folder.name))
+        super().sync_folder(folder)
+
+
+@pytest.mark.promise("restore-old-or-new")
+def test_the_old_store_is_away_on_disk_before_anything_of_the_new_one_moves_in(
+    prepared: tuple[Path, Contents, Contents], path: Path
+) -> None:
+    """A power cut could leave the old catalogue's `-wal` beside the new catalogue, which is none of its."""
+    folder, _, _ = prepared
+    shutil.copytree(folder / "store", path.parent)
+    disk = Switching()
+    restore(folder / "pool", path, disk=disk)
+    kinds = [kind for kind, _ in disk.steps]
+    last_away = len(kinds) - 1 - kinds[::-1].index("away")
+    between = disk.steps[last_away + 1 : kinds.index("in")]
+    assert {name for kind, name in between if kind == "synced"} == {"replaced", "events-log", path.parent.name}
+    assert "away" not in kinds[kinds.index("in") :]
+
+
 @pytest.mark.promise("restore-old-or-new")
 def test_an_interrupted_restore_is_finished_by_the_next_restore_too(
     prepared: tuple[Path, Contents, Contents], path: Path
