@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from logstore.errors import WriteFailedError
 from logstore.storage import Log
 from logstore.storage.files import Disk
-from tests.engine import deadline, in_segments, small
+from tests.engine import DEADLINE_S, deadline, in_segments, small
 from tests.storage.disks import Fault, FaultyDisk
 
 SLOW = small(checkpoint_interval_s=3600)
@@ -56,6 +57,29 @@ async def test_a_reader_that_was_stopped_meanwhile_misses_nothing(tmp_path: Path
             disk.go_on.set()
         found = [event.payload for event in await reading]
         assert found == [b"1", b"2", b"3", b"4"][: len(found)]
+
+
+class MeanwhileDisk(Disk):
+    """The real disk; before the next look for journals something happens, once it is set."""
+
+    before: Callable[[], object] | None = None
+
+    def list(self, folder: Path) -> list[str]:
+        if folder.parent.name == "lanes" and self.before is not None:
+            before, self.before = self.before, None
+            before()
+        return super().list(folder)
+
+
+@pytest.mark.promise("no-hole-passed-over")
+async def test_what_leaves_the_journals_before_a_reader_looks_there_is_found_in_the_index(tmp_path: Path) -> None:
+    path, disk, loop = tmp_path / "events.db", MeanwhileDisk(), asyncio.get_running_loop()
+    async with Log(path, SLOW) as writer, Log(path, SLOW, disk) as reader, deadline():
+        await writer.append("stream", b"1")
+        # It empties them into segments.
+        disk.before = lambda: asyncio.run_coroutine_threadsafe(writer.close(), loop).result(DEADLINE_S)
+        assert [event.payload for event in await reader.read("stream")] == [b"1"]
+        assert disk.before is None
 
 
 async def test_only_what_the_session_wrote_is_waited_for(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ _ORDERS: Final = [
         "        self._foreign.read_on()\n"
         "        elsewhere = self._foreign.frames(stream, after, limit)\n"
         "        events = {event.id: event for frames in (own, elsewhere) for event in map(decode_frame, frames)}\n",
-        (_tests("test_processes"), _PROCESSES),
+        (_tests("test_handover"), _PROCESSES),
     ),
     Mutation(
         "order: what a failed journal may not hold is written again",
