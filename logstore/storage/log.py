@@ -511,6 +511,11 @@ def _size_of(files: Iterable[Path]) -> int:
 _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
 
 
+def is_serving() -> bool:
+    """Whether a log is open in this process: whatever else runs in it shares the interpreter lock with its appends."""
+    return bool(_open_logs)
+
+
 def _disown_in_child() -> None:
     for log in list(_open_logs):
         log.disown()

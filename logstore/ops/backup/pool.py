@@ -230,7 +230,7 @@ class FolderTarget:
 
 
 def wait_for_lock(
-    disk: Disk, path: Path, *, shared: bool, create: bool = True, patience_s: float = _PATIENCE_S
+    disk: Disk, path: Path, *, shared: bool, create: bool = True, patience_s: float | None = None
 ) -> Lock:
     """Return a lock when whoever is in the way lets go.
 
@@ -238,7 +238,7 @@ def wait_for_lock(
         StoreLockedError: They do not in time.
         FileNotFoundError: There is no such file, and none may be made.
     """
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + (_PATIENCE_S if patience_s is None else patience_s)
     while (lock := disk.lock(path, shared=shared, create=create)) is None:
         if time.monotonic() > deadline:
             pids = lock_holders(path)

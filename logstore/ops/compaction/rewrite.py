@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from logstore.errors import IndexReplacedError
+from logstore.ops.pace import Pace
 from logstore.storage.catalogue import Catalogue, Extent, SegmentRow
 from logstore.storage.header import frame_seed
 from logstore.storage.opening import OpenStore
@@ -24,8 +25,6 @@ logger = logging.getLogger("logstore")
 _MOST_EVENTS: Final = 20_000
 """Events moved in one transaction: some tens of milliseconds in which no checkpoint can commit."""
 _WRITE_BYTES: Final = 1 << 20
-_SLICE_FRAMES: Final = 1_000
-_PAUSE_S: Final = 0.000_05
 OWN_FILE_BYTES: Final = 256 << 10
 """Events of one stream that are worth a file of its own."""
 
@@ -111,6 +110,7 @@ class Rewriter:
         store: The store.
         inode: Of the catalogue that the runs were found in.
         segment_bytes: Size at which a new segment is finished.
+        pace: When to rest.
 
     Attributes:
         segments: New segments.
@@ -119,10 +119,11 @@ class Rewriter:
         damaged: Segments with a run that cannot be read whole; they stay as they are.
     """
 
-    def __init__(self, store: OpenStore, inode: int, segment_bytes: int) -> None:
+    def __init__(self, store: OpenStore, inode: int, segment_bytes: int, pace: Pace) -> None:
         self._store = store
         self._inode = inode
         self._segment_bytes = segment_bytes
+        self._pace = pace
         self._seed = frame_seed(store.store_id)
         self.segments = 0
         self.events = 0
@@ -162,6 +163,7 @@ class Rewriter:
                     writer = self._store.segments.new_segment(time.time_ns() // 1000, UNPUBLISHED)
                     output = _Output(writer, own_stream)
                 output.append(extent, *events)
+                self._pace.step()
                 if self.bytes - before + output.end >= most_bytes:
                     more = True
                     break
@@ -204,16 +206,15 @@ class Rewriter:
             disk.close(fd)
 
     def _spots(self, data: bytes) -> Iterator[_Spot]:
-        for place, (offset, frame) in enumerate(iter_frames(data, self._seed)):
+        for offset, frame in iter_frames(data, self._seed):
             yield _Spot(decode_stamp(frame), offset, len(frame))
-            if place % _SLICE_FRAMES == 0:
-                # Let go of the interpreter: a commit that is done needs it, and would wait for 5 ms.
-                time.sleep(_PAUSE_S)
+            self._pace.step()
 
     def _finish(self, output: _Output) -> None:
         """Put a filled segment in place and let the index point to it."""
         output.flush()
         output.writer.sync()
+        self._pace.step()
         with self._store.changing_catalogue(self._inode) as catalogue:
             output.writer.publish()
             self._index(catalogue, output)
@@ -221,6 +222,7 @@ class Rewriter:
         self.segments += 1
         self.events += output.events
         self.bytes += output.writer.end
+        self._pace.step()
 
     def _index(self, catalogue: Catalogue, output: _Output) -> None:
         connection = catalogue.connection

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Collection
 from typing import Final, NamedTuple
 
+from logstore.ops.pace import Pace
 from logstore.ops.progress import Progress
 from logstore.storage.database import connect
 from logstore.storage.ids import MAX_ID
@@ -44,13 +45,14 @@ class _Dead(NamedTuple):
     bytes: int
 
 
-def sweep(store: OpenStore, inode: int, ragged: Collection[int], progress: Progress) -> Swept:
+def sweep(store: OpenStore, inode: int, ragged: Collection[int], pace: Pace, progress: Progress) -> Swept:
     """Remove the segments without a live event; the caller holds the compaction lock.
 
     Args:
         store: The store.
         inode: Of the catalogue that the caller works on.
         ragged: Segments of dead processes that were never sealed; they go like sealed ones.
+        pace: When to rest.
         progress: Told how far it is.
 
     Raises:
@@ -68,10 +70,11 @@ def sweep(store: OpenStore, inode: int, ragged: Collection[int], progress: Progr
         )
         dead = [_Dead(*row) for row in rows]
         # Files first: on a full disk they are what makes room for the rest.
-        removed = _remove_files(store, inode, dead)
-        _sweep_rows(store, reader, inode, progress)
-        _forget(store, reader, inode, dead if removed else [])
-    return Swept(len(dead), sum(each.bytes for each in dead), 0) if removed else Swept(0, 0, len(dead))
+        removed = dead[: _remove_files(store, inode, dead, pace)]
+        _sweep_rows(store, reader, inode, pace, progress)
+        _forget(store, reader, inode, removed)
+        pace.step()
+    return Swept(len(removed), sum(each.bytes for each in removed), len(dead) - len(removed))
 
 
 def _mark_empty(store: OpenStore, reader: sqlite3.Connection, inode: int, ragged: Collection[int]) -> None:
@@ -87,23 +90,24 @@ def _mark_empty(store: OpenStore, reader: sqlite3.Connection, inode: int, ragged
             catalogue.connection.executemany("UPDATE segments SET dropped = 1 WHERE segment_id = ?", empty)
 
 
-def _remove_files(store: OpenStore, inode: int, dead: list[_Dead]) -> bool:
-    """Remove files, unless a backup needs them."""
-    lock = store.removal_lock()
-    if lock is None:
-        return False
-    with lock:
-        for start in range(0, len(dead), _SLICE_FILES):
+def _remove_files(store: OpenStore, inode: int, dead: list[_Dead], pace: Pace) -> int:
+    """Remove files until a backup needs them, and return how many of them went, the first ones."""
+    for start in range(0, len(dead), _SLICE_FILES):
+        # For a slice only: a backup that wants to begin waits no longer.
+        lock = store.removal_lock()
+        if lock is None:
+            return start
+        with lock:
             # An index that was made again from these very files would name them.
             with store.changing_catalogue(inode):
                 for each in dead[start : start + _SLICE_FILES]:
                     store.disk.unlink(segment_path(store.root, each.segment_id))
-        if dead:
             store.disk.sync_folder(store.root / "segments")
-    return True
+        pace.step()
+    return len(dead)
 
 
-def _sweep_rows(store: OpenStore, reader: sqlite3.Connection, inode: int, progress: Progress) -> None:
+def _sweep_rows(store: OpenStore, reader: sqlite3.Connection, inode: int, pace: Pace, progress: Progress) -> None:
     """Delete the rows of events that only dropped segments held."""
     first, last = reader.execute(
         "SELECT coalesce(min(first_id), 0), coalesce(max(last_id), 0) FROM segments WHERE dropped = 1 AND events != 0"
@@ -124,6 +128,7 @@ def _sweep_rows(store: OpenStore, reader: sqlite3.Connection, inode: int, progre
             )
         done = upto
         looked += _SLICE_ROWS
+        pace.step()
         progress("index rows looked at", looked, None)
     if last and done >= last:
         with store.changing_catalogue(inode) as catalogue:
