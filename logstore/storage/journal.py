@@ -36,7 +36,7 @@ import msgspec
 from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header
-from logstore.storage.record import decode_events, decode_stamp, salvage_frames
+from logstore.storage.record import CHUNK_EVENTS, decode_events, decode_stamp, salvage_frames
 
 PAGE_BYTES: Final = 4096
 _FIELDS: Final = struct.Struct("<QIIIIQI")
@@ -48,7 +48,6 @@ MAX_FILE_BYTES: Final = 0xFFFFFFFF
 
 _SMALL_BATCH_BYTES: Final = 16 << 10
 _ZERO_AHEAD_BYTES: Final = 256 << 10
-_CHUNK_EVENTS: Final = 500
 
 
 def next_page(offset: int) -> int:
@@ -177,7 +176,7 @@ class JournalScan(msgspec.Struct):
     def take(self, body: bytes) -> int:
         """Serve the events that a batch's body begins with, and return where the first bytes are that are none."""
         offset = 0
-        while (found := decode_events(body, self.header.seed, _CHUNK_EVENTS, offset))[0]:
+        while (found := decode_events(body, self.header.seed, CHUNK_EVENTS, offset))[0]:
             events, ends = found
             self.ids += [event.id for event in events]
             self.streams += [event.stream for event in events]

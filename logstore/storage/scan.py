@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator
 from itertools import compress, count, islice
 from operator import add, ge, ne, or_, sub
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from logstore.errors import DamageError
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_SEGMENT, decode_header
-from logstore.storage.record import Event, decode_events, decode_frame, salvage_frames
-
-_CHUNK_EVENTS: Final = 500
+from logstore.storage.record import CHUNK_EVENTS, Event, decode_events, decode_frame, salvage_frames
 
 
 class Chunk(NamedTuple):
@@ -155,13 +153,13 @@ def scan_segment(data: bytes, seed: int) -> Iterator[Chunk]:
         seed: Start value of the store's checksums.
     """
     offset = HEADER_BYTES
-    while (found := decode_events(data, seed, _CHUNK_EVENTS, offset))[0]:
+    while (found := decode_events(data, seed, CHUNK_EVENTS, offset))[0]:
         events, ends = found
         offsets = [offset, *ends[:-1]]
         yield Chunk(events, offsets, list(map(sub, ends, offsets)))
         offset = ends[-1]
     # The end, or damage: one search for all that is behind it, or false lengths would be read again and again.
     salvaged = salvage_frames(data, seed, offset)
-    while saved := list(islice(salvaged, _CHUNK_EVENTS)):
+    while saved := list(islice(salvaged, CHUNK_EVENTS)):
         frames = [frame for _, frame in saved]
         yield Chunk([decode_frame(frame) for frame in frames], [offset for offset, _ in saved], list(map(len, frames)))
