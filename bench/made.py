@@ -15,7 +15,7 @@ from logstore.storage.ids import IdGenerator
 from logstore.storage.opening import OpenStore
 from logstore.storage.options import MIB, Retention
 from logstore.storage.record import Event, encode_frame
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 
 PAYLOAD_BYTES: Final = 200
 _DAY_S: Final = 86_400
@@ -43,24 +43,25 @@ def make(path: Path, events: int) -> None:
     last: dict[str, int] = {}
     done = tiny = 0
 
-    def run(stream: str, count: int) -> Run:
+    def add(waiting: Unsegmented, stream: str, count: int) -> None:
         nonlocal done
-        made, frames = [], []
         for _ in range(count):
             time_us = start_us + done * span_us // total
             event_id = ids.next(time_us)
-            frames.append(encode_frame(Event(event_id, last.get(stream, 0), time_us, stream, 0, payload), seed))
-            made.append(event_id)
+            waiting.ids.append(event_id)
+            waiting.streams.append(stream)
+            waiting.frames.append(encode_frame(Event(event_id, last.get(stream, 0), time_us, stream, 0, payload), seed))
             last[stream] = event_id
             done += 1
-        return Run(stream, made, frames)
 
     for _ in range(checkpoints):
-        runs = [run(f"large-{each}", large) for each in range(_LARGE)]
+        waiting = Unsegmented.none()
+        for each in range(_LARGE):
+            add(waiting, f"large-{each}", large)
         for _ in range(small):
             tiny += 1
-            runs.append(run(f"tiny-{tiny}", _TINY_EVENTS))
+            add(waiting, f"tiny-{tiny}", _TINY_EVENTS)
             del last[f"tiny-{tiny}"]
         with store.checkpoint_lock():
-            store.segments.write(runs, [], time.time_ns() // 1000)
+            store.segments.write(waiting, [], time.time_ns() // 1000)
     store.close(empty=True)

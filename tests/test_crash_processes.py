@@ -47,7 +47,8 @@ scan_journal = recovery.scan_journal
 
 def forgetful(*arguments):
     scan = scan_journal(*arguments)
-    del scan.frames[len(scan.frames) // 2 :]
+    for column in (scan.ids, scan.streams, scan.frames):
+        del column[len(column) // 2 :]
     return scan
 
 recovery.scan_journal = forgetful

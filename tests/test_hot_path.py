@@ -25,6 +25,9 @@ from mcp_types import JSONRPCNotification
 
 from logstore.mcp import PersistentEventStore, base
 from logstore.storage import Event, Log, record
+from logstore.storage.files import Disk
+from logstore.storage.header import KIND_JOURNAL, FileHeader, frame_seed
+from logstore.storage.journal import JournalWriter, scan_journal
 from logstore.storage.record import FRAME_HEADER, encode_frame
 from tests.steps import counted
 
@@ -150,19 +153,45 @@ async def reading(folder: Path) -> AsyncGenerator[tuple[Work, Work]]:
         assert isinstance(log, Log)
         assert log._parts is not None
         reader = log._parts.reader
-        frames = [encode_frame(Event(1, 0, 0, "s", 0, b"x" * 600), 7)] * EVENTS
+        frames = [encode_frame(Event(1, 0, 0, "s", 0, b"x" * 600), frame_seed(1))] * EVENTS
 
         async def work() -> None:
             assert len(reader.read("s", int(ids[0]), EVENTS, [])) == EVENTS
 
         async def bare() -> None:
-            for frame in frames:
-                length, checksum = FRAME_HEADER.unpack_from(frame)
-                body = frame[FRAME_HEADER.size : FRAME_HEADER.size + length]
-                assert extend(7, body) == checksum
-                assert msgspec.msgpack.decode(body, type=Event).id == 1
+            check_and_decode(frames)
 
         yield work, bare
+
+
+@asynccontextmanager
+async def recovering(folder: Path) -> AsyncGenerator[tuple[Work, Work]]:
+    """Reading a journal that a dead process left."""
+    path = folder / "0000000001.journal"
+    header = FileHeader(kind=KIND_JOURNAL, store_id=1, salt=1)
+    frames = [encode_frame(Event(each, 0, 0, "s", 0, b"x" * 600), header.seed) for each in range(EVENTS)]
+    writer = JournalWriter(Disk(), path, header)
+    writer.write(frames)
+    writer.close()
+    data = path.read_bytes()
+
+    async def work() -> None:
+        assert len(scan_journal(data, path).frames) == EVENTS
+
+    async def bare() -> None:
+        check_and_decode(frames)
+
+    yield work, bare
+
+
+def check_and_decode(frames: list[bytes]) -> None:
+    """What reading frames cannot do without."""
+    seed = frame_seed(1)
+    for frame in frames:
+        length, checksum = FRAME_HEADER.unpack_from(frame)
+        body = frame[FRAME_HEADER.size : FRAME_HEADER.size + length]
+        assert extend(seed, body) == checksum
+        assert msgspec.msgpack.decode(body, type=Event).stream == "s"
 
 
 class Hot(NamedTuple):
@@ -186,6 +215,7 @@ PATHS: Final = {
     "append in a batch": Hot(queueing, 5.4, base, "encode"),
     "replay from memory": Hot(replaying, 3.75, base, "decode"),
     "read from segments": Hot(reading, 2.3, record, "_decode_event"),
+    "read from a journal": Hot(recovering, 1.68, record, "_decode_event"),
 }
 
 

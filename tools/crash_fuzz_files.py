@@ -340,10 +340,10 @@ class SegmentTarget(Target):
         data = given.data
         indexed: list[bytes] = []
         for chunk in scan_segment(data, SEED):
-            for stamp, offset, length in zip(chunk.stamps, chunk.offsets, chunk.lengths, strict=True):
+            for event, offset, length in zip(chunk.events, chunk.offsets, chunk.lengths, strict=True):
                 indexed.append(data[offset : offset + length])
-                if decode_stamp(indexed[-1]) != stamp:
-                    raise BrokenPromiseError(f"the event at {offset} is indexed as {stamp}")
+                if decode_frame(indexed[-1]) != event:
+                    raise BrokenPromiseError(f"the event at {offset} is indexed as {event}")
         check_written(indexed, self._written, given)
         check_decoded(indexed)
         verified = Frames(data, SEED)

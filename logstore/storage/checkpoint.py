@@ -14,8 +14,9 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, compress, repeat
+from itertools import compress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,7 +27,7 @@ from logstore.storage.ids import IdGenerator
 from logstore.storage.lane import journal_path
 from logstore.storage.record import decode_stamp
 from logstore.storage.segment import SegmentWriter
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 
 logger = logging.getLogger("logstore")
 
@@ -35,6 +36,8 @@ _STREAM_FILES: Final = 32
 _WRITE_BYTES: Final = 1 << 20
 _OWN_FILE_BYTES: Final = 256 << 10
 """Smallest run that begins a file of its own."""
+_SLICE_EVENTS: Final = 1_000
+_PAUSE_S: Final = 0.000_05
 
 
 class Journal(NamedTuple):
@@ -43,6 +46,14 @@ class Journal(NamedTuple):
     folder: Path
     lane: int
     ordinal: int
+
+
+class _Run(NamedTuple):
+    """The events of one stream that go to segments together."""
+
+    stream: str
+    ids: list[int]
+    frames: list[bytes]
 
 
 class _Segment:
@@ -56,7 +67,7 @@ class _Segment:
         self.first_id = 0
         self.last_id = 0
 
-    def append(self, runs: Sequence[Run]) -> list[_Placed]:
+    def append(self, runs: Sequence[_Run]) -> list[_Placed]:
         """Write runs one after another, many of them with one call."""
         placed: list[_Placed] = []
         waiting: list[bytes] = []
@@ -92,15 +103,10 @@ class _Segment:
 class _Placed(NamedTuple):
     """Where a run lies now."""
 
-    run: Run
+    run: _Run
     segment: int
     offset: int
     length: int
-
-    def events(self, stream_id: int) -> Iterator[tuple[int, int, int, int, int]]:
-        lengths = [len(frame) for frame in self.run.frames]
-        offsets = accumulate(lengths[:-1], initial=self.offset)
-        return zip(self.run.ids, repeat(stream_id), repeat(self.segment), offsets, lengths, strict=False)
 
     def extent(self, stream_id: int) -> Extent:
         ids, frames = self.run.ids, self.run.frames
@@ -162,11 +168,11 @@ class SegmentStore:
         self._done: list[Journal] = []
         self._unlinked: list[tuple[int, int]] = []
 
-    def write(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
-        """Store runs durably, index them, and remove the journals that they came from.
+    def write(self, events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
+        """Store events durably, index them, and remove the journals that they came from.
 
         Args:
-            runs: Events by stream, ascending ids; a stream comes once.
+            events: What to store.
             journals: Files that hold these events and no others.
             now_us: The time.
 
@@ -175,7 +181,7 @@ class SegmentStore:
             sqlite3.Error: The catalogue refused; likewise.
         """
         try:
-            self._store(self._not_indexed(runs) if self._in_doubt else runs, journals, now_us)
+            self._store(self._not_indexed(events) if self._in_doubt else events, journals, now_us)
         except BaseException:
             # What the open segments hold past their indexed length is not known: they end here.
             self.abandon()
@@ -191,18 +197,18 @@ class SegmentStore:
         except (OSError, sqlite3.Error) as error:
             logger.warning("what a checkpoint is done with is removed after the next one: %s", error)
 
-    def _not_indexed(self, runs: Sequence[Run]) -> list[Run]:
+    def _not_indexed(self, events: Unsegmented) -> Unsegmented:
         """Return what is left to store after a try that failed.
 
         It may be on disk all the same, and whoever opened the store since has indexed what that try had written.
         """
-        left: list[Run] = []
-        for run in runs:
-            known = self._catalogue.indexed(run.ids)
-            fresh = [event_id not in known for event_id in run.ids]
-            if any(fresh):
-                left.append(Run(run.stream, list(compress(run.ids, fresh)), list(compress(run.frames, fresh))))
-        return left
+        known = self._catalogue.indexed(events.ids)
+        fresh = [event_id not in known for event_id in events.ids]
+        return Unsegmented(
+            list(compress(events.ids, fresh)),
+            list(compress(events.streams, fresh)),
+            list(compress(events.frames, fresh)),
+        )
 
     def _remove_done(self) -> None:
         """Remove the journals whose events are in segments."""
@@ -221,8 +227,8 @@ class SegmentStore:
                 self._disk.unlink(writer.path)
         self._begun.clear()
 
-    def _store(self, runs: Sequence[Run], journals: Sequence[Journal], now_us: int) -> None:
-        by_size = sorted(runs, key=lambda run: -sum(map(len, run.frames)))
+    def _store(self, events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
+        by_size = sorted(_runs(events), key=lambda run: -sum(map(len, run.frames)))
         placed: list[_Placed] = []
         touched: list[_Segment] = []
         before = len(self._open)
@@ -248,7 +254,7 @@ class SegmentStore:
         # A commit that fails may be on disk all the same.
         self._begun.clear()
         try:
-            self._index(placed, touched, finished, journals)
+            self._index(events, placed, touched, finished, journals)
         finally:
             if pack is not None:
                 pack.writer.close()
@@ -257,7 +263,7 @@ class SegmentStore:
             assert segment.stream is not None
             del self._open[segment.stream]
 
-    def _segment_of(self, run: Run, now_us: int) -> _Segment | None:
+    def _segment_of(self, run: _Run, now_us: int) -> _Segment | None:
         """Return the stream's own segment, begun when the run is worth one, or None for the pack."""
         segment = self._open.pop(run.stream, None)
         if segment is None:
@@ -301,6 +307,7 @@ class SegmentStore:
 
     def _index(
         self,
+        events: Unsegmented,
         placed: Sequence[_Placed],
         touched: Sequence[_Segment],
         finished: Sequence[_Segment],
@@ -321,7 +328,7 @@ class SegmentStore:
             catalogue.seal_segments(
                 (segment.writer.number, segment.writer.sha256) for segment in finished if segment not in touched
             )
-            catalogue.add_events(chain.from_iterable(map(_Placed.events, placed, streams)))
+            catalogue.add_events(_rows(events, placed, stream_ids))
             catalogue.add_extents(map(_Placed.extent, placed, streams))
             catalogue.add_journals((journal.lane, journal.ordinal) for journal in journals)
             forgotten, self._unlinked = self._unlinked, []
@@ -359,3 +366,34 @@ class SegmentStore:
         for segment in self._open.values():
             segment.writer.close()
         self._open.clear()
+
+
+def _rows(
+    events: Unsegmented, placed: Sequence[_Placed], stream_ids: dict[str, int]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield the row of each event in the order of the ids, in which SQLite only appends.
+
+    Stream by stream it would look for the place of each row, and write most of its pages again and again.
+    """
+    segments = {place.run.stream: place.segment for place in placed}
+    offsets = {place.run.stream: place.offset for place in placed}
+    for event_id, stream, frame in zip(events.ids, events.streams, events.frames, strict=True):
+        offset = offsets[stream]
+        offsets[stream] = offset + len(frame)
+        yield event_id, stream_ids[stream], segments[stream], offset, len(frame)
+
+
+def _runs(events: Unsegmented) -> list[_Run]:
+    """Group events by stream."""
+    runs: dict[str, _Run] = {}
+    for start in range(0, len(events.ids), _SLICE_EVENTS):
+        part = slice(start, start + _SLICE_EVENTS)
+        for event_id, stream, frame in zip(events.ids[part], events.streams[part], events.frames[part], strict=True):
+            run = runs.get(stream)
+            if run is None:
+                run = runs[stream] = _Run(stream, [], [])
+            run.ids.append(event_id)
+            run.frames.append(frame)
+        # Let go of the interpreter: a commit that is done needs it, and would wait for 5 ms.
+        time.sleep(_PAUSE_S)
+    return list(runs.values())

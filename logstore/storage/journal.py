@@ -36,7 +36,7 @@ import msgspec
 from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header
-from logstore.storage.record import iter_frames, salvage_frames
+from logstore.storage.record import CHUNK_EVENTS, decode_events, decode_stamp, salvage_frames
 
 PAGE_BYTES: Final = 4096
 _FIELDS: Final = struct.Struct("<QIIIIQI")
@@ -153,21 +153,44 @@ class JournalDamage(msgspec.Struct, frozen=True):
 
 
 class JournalScan(msgspec.Struct):
-    """What recovery found in a journal file.
+    """What recovery found in a journal file; `ids`, `streams` and `frames` are in step.
 
     Attributes:
         header: The file's header.
-        frames: All events that are served, in the order of the file.
         end: Where the valid part ends.
         torn_bytes: Length of the torn write behind the end, 0 for none.
         damage: The bad places.
+        ids: Ids of all events that are served, in the order of the file.
+        streams: Their streams.
+        frames: Their frames.
     """
 
     header: FileHeader
-    frames: list[bytes]
     end: int
-    torn_bytes: int
-    damage: list[JournalDamage]
+    torn_bytes: int = 0
+    damage: list[JournalDamage] = []
+    ids: list[int] = []
+    streams: list[str] = []
+    frames: list[bytes] = []
+
+    def take(self, body: bytes) -> int:
+        """Serve the events that a batch's body begins with, and return where the first bytes are that are none."""
+        offset = 0
+        while (found := decode_events(body, self.header.seed, CHUNK_EVENTS, offset))[0]:
+            events, ends = found
+            self.ids += [event.id for event in events]
+            self.streams += [event.stream for event in events]
+            self.frames += map(body.__getitem__, map(slice, [offset, *ends], ends))
+            offset = ends[-1]
+        return offset
+
+    def salvage(self, data: bytes, offset: int = 0) -> None:
+        """Serve the events whose frames are whole in a run of bytes, wherever damage lies between them."""
+        for _, frame in salvage_frames(data, self.header.seed, offset):
+            stamp = decode_stamp(frame)
+            self.ids.append(stamp.id)
+            self.streams.append(stamp.stream)
+            self.frames.append(frame)
 
 
 class BatchHeader(msgspec.Struct, frozen=True):
@@ -313,10 +336,11 @@ def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | N
     whole = batch_header_at(data, PAGE_BYTES, salt) is not None
     found = _later_headers(data, PAGE_BYTES, salt) if whole else ()
     if max(known_durable, _known_durable(found)) <= PAGE_BYTES:
-        return JournalScan(header, [], 0, len(data.rstrip(b"\0")), [])
+        return JournalScan(header, 0, len(data.rstrip(b"\0")))
     if not whole:
-        frames = [frame for _, frame in salvage_frames(data, header.seed)]
-        return JournalScan(header, frames, 0, 0, [JournalDamage(0, len(data), None, reason)])
+        scan = JournalScan(header, 0, damage=[JournalDamage(0, len(data), None, reason)])
+        scan.salvage(data)
+        return scan
     reader = JournalReader(header, bytes(HEADER_BYTES))
     reader.continue_at(PAGE_BYTES, 0, data)
     scan = _scan(data, reader, known_durable)
@@ -326,7 +350,7 @@ def scan_headless(data: bytes, store_id: int, known_durable: int, limit: int | N
 
 def _scan(data: bytes, reader: JournalReader, known_durable: int) -> JournalScan:
     header = reader.header
-    scan = JournalScan(header, [], PAGE_BYTES, 0, [])
+    scan = JournalScan(header, PAGE_BYTES)
     later: deque[_Found] | None = None
     while True:
         for batch in reader.batches(data):
@@ -347,14 +371,14 @@ def _scan(data: bytes, reader: JournalReader, known_durable: int) -> JournalScan
 
 def _take(batch: Batch, scan: JournalScan) -> None:
     """Serve a batch's events."""
-    frames = [frame for _, frame in iter_frames(batch.body, scan.header.seed)]
-    if sum(map(len, frames)) != len(batch.body):
+    before = len(scan.frames)
+    bad = scan.take(batch.body)
+    if bad < len(batch.body):
         # Its checksum matches, so whoever wrote this wrote it so.
-        frames = [frame for _, frame in salvage_frames(batch.body, scan.header.seed)]
-        lost = max(0, batch.count - len(frames))
+        scan.salvage(batch.body, bad)
+        lost = max(0, batch.count - (len(scan.frames) - before))
         reason = "a batch holds bytes that are no event, and its checksum matches"
         scan.damage.append(JournalDamage(batch.offset, batch.end - batch.offset, lost, reason))
-    scan.frames.extend(frames)
 
 
 def _known_durable(later: Iterable[_Found]) -> int:
@@ -382,12 +406,12 @@ def _skip_damage(data: bytes, reader: JournalReader, scan: JournalScan, later: d
         # Not synced, nor the first that was written after the last sync: what came between was torn.
         following = None
     end = durable if following is None else following.offset
-    saved = [frame for _, frame in salvage_frames(data[bad : min(end, durable)], scan.header.seed)]
-    scan.frames.extend(saved)
+    before = len(scan.frames)
+    scan.salvage(data[bad : min(end, durable)])
     lost = None
     if own is not None and (own.end == end if following is None else own.header.number + 1 == following.header.number):
         # Nothing was between this batch and what follows, so all that is missing was in it.
-        lost = max(0, own.header.count - len(saved))
+        lost = max(0, own.header.count - (len(scan.frames) - before))
     scan.damage.append(JournalDamage(bad, end - bad, lost, "a batch that was on disk does not match its checksum"))
     if following is None:
         scan.end = end

@@ -386,7 +386,7 @@ class OpenStore:
         journals = [Journal(lane.folder, lane.number, generation.ordinal) for generation in generations]
         with self.checkpoint_lock():
             self._keep_catalogue()
-            self.segments.write(tail.runs(generations), journals, time.time_ns() // 1000)
+            self.segments.write(tail.unsegmented(generations), journals, time.time_ns() // 1000)
             self.copy_sessions()
 
     def copy_sessions(self) -> None:

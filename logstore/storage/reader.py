@@ -235,7 +235,7 @@ class Reader:
                 most = limit - len(events)
                 # As many bytes as so many events have on average, and some: what is read more is read for nothing.
                 size = min(_READ_BYTES, extent.length // extent.events * (most + 1), end - offset)
-                found, length = self._decoded(fd, offset, end, size, most)
+                found, ends = self._decoded(fd, offset, end, size, most)
                 for event in found:
                     if event.stream != stream:
                         return False
@@ -243,13 +243,13 @@ class Reader:
                         events.append(event)
                 if not found:
                     return False
-                offset += length
+                offset += ends[-1]
         finally:
             self._disk.close(fd)
         return True
 
-    def _decoded(self, fd: int, offset: int, end: int, size: int, most: int) -> tuple[list[Event], int]:
-        """Return some events from an offset on, and the bytes that they take; none when the first is damaged."""
+    def _decoded(self, fd: int, offset: int, end: int, size: int, most: int) -> tuple[list[Event], list[int]]:
+        """Return some events from an offset on, and where each ends behind it; none when the first is damaged."""
         data = self._disk.read(fd, max(FRAME_HEADER.size, size), offset)
         found = decode_events(data, self._seed, most)
         if not found[0] and len(data) >= FRAME_HEADER.size:

@@ -14,9 +14,11 @@ that a segment alone says whose events it holds. The place in a journal is bound
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Annotated, Final
 
 import google_crc32c
@@ -99,6 +101,8 @@ def check_stream_name(name: str) -> None:
 
 FIRST_PAGE_EVENTS: Final = 16
 """Events to read at once as long as their size is not known."""
+CHUNK_EVENTS: Final = 100
+"""Events to decode at once where there are many: five times as many leave the processor's cache, a tenth slower."""
 _PAGE_EVENTS: Final = 1_000
 _PAGE_BYTES: Final = 1 << 20
 
@@ -163,33 +167,36 @@ def decode_stamp(frame: bytes) -> Stamp:
     return _stamp_decoder.decode(memoryview(frame)[FRAME_HEADER.size :])
 
 
-def decode_events(data: bytes, seed: int, most: int) -> tuple[list[Event], int]:
-    """Return the events of the valid frames that a run of bytes begins with, and how many bytes these take.
+def decode_events(data: bytes, seed: int, most: int, offset: int = 0) -> tuple[list[Event], list[int]]:
+    """Return the events of the valid frames that stand one behind another from an offset on, and where each ends.
 
     Args:
         data: Where the frames are.
         seed: Start value of their checksums.
         most: How many events to return at most.
+        offset: Where the first frame begins.
     """
     # What `frame_at` and `decode_frame` do, written out: the calls and their copies take longer than the rest.
     events: list[Event] = []
-    offset, size = 0, len(data) - FRAME_HEADER.size
-    while offset <= size and len(events) < most:
-        length, checksum = _unpack_header(data, offset)
-        start = offset + FRAME_HEADER.size
-        end = start + length
-        body = data[start:end]
-        if len(body) != length or not 0 < length <= MAX_BODY_BYTES or _extend(seed, body) != checksum:
-            break
-        try:
+    ends: list[int] = []
+    head, last = FRAME_HEADER.size, len(data) - FRAME_HEADER.size
+    # That an event can be decoded is also the check that the body is one, see `is_event`.
+    with contextlib.suppress(ValueError, msgspec.MsgspecError):
+        for _ in repeat(None, most):
+            if offset > last:
+                break
+            length, checksum = _unpack_header(data, offset)
+            start = offset + head
+            offset = start + length
+            body = data[start:offset]
+            if len(body) != length or not 0 < length <= MAX_BODY_BYTES or _extend(seed, body) != checksum:
+                break
             event = _decode_event(body)
-        except (ValueError, msgspec.MsgspecError):
-            break
-        if body[0] != _BODY_START[0]:
-            break
-        events.append(event)
-        offset = end
-    return events, offset
+            if body[0] != _BODY_START[0]:
+                break
+            events.append(event)
+            ends.append(offset)
+    return events, ends
 
 
 def is_event(body: bytes | memoryview) -> bool:

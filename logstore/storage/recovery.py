@@ -17,9 +17,8 @@ from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, decode_header
 from logstore.storage.journal import JournalScan, scan_headless, scan_journal
 from logstore.storage.lane import END_OF_FILE, Marks, Place, journal_ordinals, journal_path, remove_unpublished
-from logstore.storage.record import decode_stamp
 from logstore.storage.scan import read_from_device
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 
 logger = logging.getLogger("logstore")
 
@@ -47,18 +46,15 @@ def adopt_lane(
         journal = Journal(folder, number, ordinal)
         if ordinal in done:
             # The process died between the commit and the unlink.
-            segments.write([], [journal], time.time_ns() // 1000)
+            segments.write(Unsegmented.none(), [journal], time.time_ns() // 1000)
             continue
         scan = _recover_journal(disk, root, journal, catalogue, store_id, ends.get(ordinal), witnesses)
-        found = {
-            stamp.id: (stamp.stream, frame)
-            for stamp, frame in zip(map(decode_stamp, scan.frames), scan.frames, strict=True)
-        }
-        highest = max(highest, max(found, default=0))
+        places = {event_id: place for place, event_id in enumerate(scan.ids)}
+        highest = max(highest, max(places, default=0))
         # Some may be in segments: a checkpoint got them there, and the index, which knew that, was lost.
-        for event_id in catalogue.indexed(list(found)):
-            del found[event_id]
-        segments.write(_runs(found), [journal], time.time_ns() // 1000)
+        for event_id in catalogue.indexed(list(places)):
+            del places[event_id]
+        segments.write(_events(scan, places), [journal], time.time_ns() // 1000)
     if ordinals:
         logger.info("adopted %d journal files of lane %04d", len(ordinals), number)
         _show_adopted(disk, folder, ordinals[-1])
@@ -147,14 +143,11 @@ def _keep_aside(disk: Disk, root: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def _runs(found: dict[int, tuple[str, bytes]]) -> list[Run]:
-    """Group frames, which are known by id with their streams, by stream; ascending by id."""
-    runs: dict[str, Run] = {}
-    for event_id in sorted(found):
-        stream, frame = found[event_id]
-        run = runs.get(stream)
-        if run is None:
-            run = runs[stream] = Run(stream, [], [])
-        run.ids.append(event_id)
-        run.frames.append(frame)
-    return list(runs.values())
+def _events(scan: JournalScan, places: dict[int, int]) -> Unsegmented:
+    """Return the events of a journal of which it is known by id where they are in it."""
+    chosen = [places[event_id] for event_id in sorted(places)]
+    return Unsegmented(
+        [scan.ids[place] for place in chosen],
+        [scan.streams[place] for place in chosen],
+        [scan.frames[place] for place in chosen],
+    )

@@ -6,18 +6,14 @@ cache is in step with the log by construction. All methods run on the event loop
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
+from itertools import chain
 from typing import Final, NamedTuple
 
 _EVENT_OVERHEAD: Final = 150
 """Bytes that an event in memory costs beside its frame: the objects and their places in lists."""
 _STREAM_OVERHEAD: Final = 600
-
-
-_SLICE_EVENTS: Final = 1_000
-_PAUSE_S: Final = 0.000_05
 
 
 class StreamTail:
@@ -80,12 +76,23 @@ class Generation:
         self.sealed = False
 
 
-class Run(NamedTuple):
-    """The events of one stream that go to segments together."""
+class Unsegmented(NamedTuple):
+    """Events that go to segments together, in the order of their ids; lists in step.
 
-    stream: str
+    Attributes:
+        ids: Their ids.
+        streams: Names of their streams.
+        frames: Their frames.
+    """
+
     ids: list[int]
+    streams: list[str]
     frames: list[bytes]
+
+    @classmethod
+    def none(cls) -> Unsegmented:
+        """Return no events."""
+        return cls([], [], [])
 
 
 def memory_of(frames: list[bytes]) -> int:
@@ -242,20 +249,10 @@ class Tail:
             del self.streams[owner.name]
             self.bytes -= _STREAM_OVERHEAD
 
-    def runs(self, generations: list[Generation]) -> list[Run]:
-        """Group events by stream; called in the checkpoint's thread on sealed generations, which do not change."""
-        grouped: dict[StreamTail, Run] = {}
-        for generation in generations:
-            for start in range(0, len(generation.ids), _SLICE_EVENTS):
-                part = slice(start, start + _SLICE_EVENTS)
-                for event_id, frame, owner in zip(
-                    generation.ids[part], generation.frames[part], generation.owners[part], strict=True
-                ):
-                    run = grouped.get(owner)
-                    if run is None:
-                        run = grouped[owner] = Run(owner.name, [], [])
-                    run.ids.append(event_id)
-                    run.frames.append(frame)
-                # Let go of the interpreter: a commit that is done needs it, and would wait for 5 ms.
-                time.sleep(_PAUSE_S)
-        return list(grouped.values())
+    def unsegmented(self, generations: list[Generation]) -> Unsegmented:
+        """Return the events of sealed generations, which do not change: called in the checkpoint's thread."""
+        return Unsegmented(
+            list(chain.from_iterable(generation.ids for generation in generations)),
+            [owner.name for generation in generations for owner in generation.owners],
+            list(chain.from_iterable(generation.frames for generation in generations)),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from logstore.errors import GapError
@@ -13,7 +14,7 @@ from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
 from logstore.storage.opening import OpenStore
 from logstore.storage.record import Event, encode_frame
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 
 HOUR_US = 3_600_000_000
 SEGMENT_BYTES = 64 << 10
@@ -58,14 +59,19 @@ class Writer:
     def checkpoint(self, *runs: Sequence[Event]) -> None:
         """Write runs of events to segments, one checkpoint."""
         with self.store.checkpoint_lock():
-            self.store.segments.write([self._run(events) for events in runs], [], time.time_ns() // 1000)
+            self.store.segments.write(self._unsegmented(runs), [], time.time_ns() // 1000)
 
     def write(self, streams: Iterable[str], count: int, **how: float) -> None:
         """Write as many events to each stream, one checkpoint."""
         self.checkpoint(*(self.events(stream, count, **how) for stream in streams))  # type: ignore[arg-type]
 
-    def _run(self, events: Sequence[Event]) -> Run:
-        return Run(events[0].stream, [each.id for each in events], [encode_frame(each, self._seed) for each in events])
+    def _unsegmented(self, runs: Iterable[Sequence[Event]]) -> Unsegmented:
+        events = list(chain.from_iterable(runs))
+        return Unsegmented(
+            [each.id for each in events],
+            [each.stream for each in events],
+            [encode_frame(each, self._seed) for each in events],
+        )
 
 
 def read_ids(path: Path, stream: str, after: int = 0) -> list[int]:

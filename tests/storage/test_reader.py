@@ -18,7 +18,7 @@ from logstore.storage.ids import IdGenerator
 from logstore.storage.options import Retention
 from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import Event, encode_frame
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 from tests.storage.disks import Fault, FaultyDisk
 
 STORE_ID = 8
@@ -93,11 +93,9 @@ class Shelf:
 
     def store(self, **streams: list[int]) -> None:
         """Checkpoint events with these ids, the streams of one call together."""
-        runs = [
-            Run(name, numbers, [encode_frame(event(each, 0, name), SEED) for each in numbers])
-            for name, numbers in streams.items()
-        ]
-        self.segments.write(runs, [], NOW_US)
+        owners = {number: name for name, numbers in streams.items() for number in numbers}
+        frames = [encode_frame(event(each, 0, name), SEED) for each, name in owners.items()]
+        self.segments.write(Unsegmented(list(owners), list(owners.values()), frames), [], NOW_US)
 
     def read(self, stream: str, after: int = 0, limit: int = 1000, own: Sequence[Event] = ()) -> list[tuple[str, int]]:
         frames = [encode_frame(each, SEED) for each in own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from itertools import accumulate
 
 import google_crc32c
 import msgspec
@@ -160,7 +161,9 @@ def test_events_are_decoded_up_to_the_first_invalid_frame(
     cut = data.draw(st.integers(0, len(whole)))
     frames = [frame for _, frame in iter_frames(whole[:cut], SEED)][:most]
     for torn in (whole[:cut], whole[:cut] + b"\0" * 20, whole[:cut] + b"\xff" * 20):
-        assert decode_events(torn, SEED, most) == (events[: len(frames)], sum(map(len, frames)))
+        ends = list(accumulate(map(len, frames)))
+        assert decode_events(torn, SEED, most) == (events[: len(frames)], ends)
+        assert decode_events(b"\0" + torn, SEED, most, 1) == (events[: len(frames)], [1 + end for end in ends])
 
 
 def test_a_search_finds_frames_at_the_very_start_and_end() -> None:

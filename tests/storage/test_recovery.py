@@ -49,6 +49,12 @@ class DeadLane:
         self.lane.write([encode_frame(Event(each, 0, NOW_US, "s", 0, b"payload"), SEED) for each in ids], ids[-1])
         return ids
 
+    def write_interleaved(self, streams: int, count: int) -> None:
+        """Write one batch with so many events of each stream, one of each after the other."""
+        ids = [self.lane.ids.next(NOW_US) for _ in range(streams * count)]
+        events = [Event(each, 0, NOW_US, f"s{place % streams}", 0, b"payload") for place, each in enumerate(ids)]
+        self.lane.write([encode_frame(each, SEED) for each in events], ids[-1])
+
     def journal(self) -> Path:
         """The file being written."""
         assert self.lane.journal is not None
@@ -116,6 +122,17 @@ def test_everything_acknowledged_comes_to_segments_and_the_journals_go(dead: Dea
     assert (dead.damage(), dead.kept_aside()) == ([], [])
     assert dead.adopt() == 0
     assert dead.events() == written
+
+
+def test_rows_of_streams_that_took_turns_fill_the_pages_of_the_index(dead: DeadLane) -> None:
+    dead.write_interleaved(streams=50, count=100)
+    dead.adopt()
+    with closing(sqlite3.connect(dead.root / "events.db")) as connection:
+        (as_written,) = connection.execute("pragma page_count").fetchone()
+        connection.execute("vacuum")
+        (packed,) = connection.execute("pragma page_count").fetchone()
+    # Inserted in another order than that of the key, they leave half of most pages empty.
+    assert as_written < packed * 1.05
 
 
 @pytest.mark.promise("crash-opens")

@@ -183,15 +183,15 @@ def test_memory_is_accounted_for_through_any_number_of_turns() -> None:
     assert log.tail.bytes <= 40 * SIZE
 
 
-def test_runs_group_events_by_stream_in_order() -> None:
+def test_events_go_to_segments_in_the_order_of_their_ids() -> None:
     log = Log()
     log.append("a", "b", "a")
     log.seal()
     log.append("c", "a", "b")
     log.seal()
-    runs = {run.stream: run.ids for run in log.tail.runs(list(log.tail.generations))}
-    assert runs == {"a": [1, 3, 5], "b": [2, 6], "c": [4]}
-    assert all(len(run.frames) == len(run.ids) for run in log.tail.runs(list(log.tail.generations)))
+    events = log.tail.unsegmented(list(log.tail.generations))
+    assert (events.ids, events.streams) == ([1, 2, 3, 4, 5, 6], ["a", "b", "a", "c", "a", "b"])
+    assert events.frames == [frame for generation in log.tail.generations for frame in generation.frames]
 
 
 def test_what_the_disk_may_not_hold_moves_to_another_generation_in_order() -> None:

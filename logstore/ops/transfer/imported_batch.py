@@ -33,7 +33,7 @@ from logstore.storage.record import (
     frame_at,
 )
 from logstore.storage.segment import segment_path
-from logstore.storage.tail import Run
+from logstore.storage.tail import Unsegmented
 
 _ARGUMENTS: Final = 250
 _MOST_AHEAD_MS: Final = 24 * 3_600_000
@@ -200,7 +200,8 @@ class BatchWriter:
     # Writing.
 
     def _add(self, taken: list[_Taken], result: BatchResult) -> None:
-        frames: dict[str, dict[int, bytes]] = {}
+        frames: dict[int, bytes] = {}
+        streams: dict[int, str] = {}
         written: list[_Taken] = []
         for each in taken:
             try:
@@ -208,7 +209,8 @@ class BatchWriter:
             except ValueError as error:
                 result.invalid.append(LeftOut(each.place, str(error)))
                 continue
-            frames.setdefault(each.event.stream, {})[each.event.id] = frame
+            frames[each.event.id] = frame
+            streams[each.event.id] = each.event.stream
             written.append(each)
         if not written:
             return
@@ -220,11 +222,10 @@ class BatchWriter:
         origins = [(*each.origin, each.event.id) for each in written if each.origin is not None]
         if origins:
             note_origins(self._database, origins)
-        runs = [
-            Run(name, ids := sorted(found), [found[event_id] for event_id in ids]) for name, found in frames.items()
-        ]
         self._note_beginnings(written)
-        self._store.segments.write(runs, [], time.time_ns() // 1000)
+        ids = sorted(frames)
+        events = Unsegmented(ids, [streams[each] for each in ids], [frames[each] for each in ids])
+        self._store.segments.write(events, [], time.time_ns() // 1000)
         result.added += len(written)
 
     def _note_beginnings(self, written: list[_Taken]) -> None:
