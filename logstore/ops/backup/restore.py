@@ -128,7 +128,9 @@ def restore_from(
                 return restoring.run(until)
     except (OSError, sqlite3.Error, WriteFailedError) as error:
         standing = restoring.standing() if restoring else _nothing_restored(path)
-        raise WriteFailedError(f"{standing}: {error}") from error
+        # What to do about a store that cannot be opened is no advice for one that is only being made.
+        reason = error.__cause__ or error if isinstance(error, WriteFailedError) else error
+        raise WriteFailedError(f"{standing}: {reason}") from error
 
 
 def _nothing_restored(path: Path) -> str:
