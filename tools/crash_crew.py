@@ -23,8 +23,6 @@ from logstore.storage import LogOptions
 
 PATIENCE_S: Final = 300.0
 """Longer than it takes to make the index of ten million events again on a busy machine."""
-LAG_S: Final = 120.0
-"""Longer than a process is stopped, or a busy machine lets it wait."""
 CLOCK_BEHIND_MS: Final = 5_000
 """More than ids are reserved ahead."""
 _FOLLOWED: Final = 4
@@ -310,11 +308,12 @@ class Crew:
             member.grew = time.monotonic()
         self._figures["events acknowledged"] = self._ledger.events
 
-    def check_followers(self, patience_s: float = LAG_S) -> int:
+    def check_followers(self, patience_s: float = PATIENCE_S) -> int:
         """Check that the followers get on; return how many have not been shown all that is known to be acknowledged.
 
         Args:
-            patience_s: How long one may take until it is shown what was acknowledged when it was looked at.
+            patience_s: How long one may take until it is shown what was acknowledged when it was looked at; when the
+                index was lost it opens the store first, which makes it again.
 
         Raises:
             BrokenPromiseError: One took longer.
