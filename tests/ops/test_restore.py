@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import shutil
 import sqlite3
 import threading
@@ -407,6 +409,24 @@ def test_whatever_call_of_the_pools_disk_fails_the_store_is_as_it_was_and_that_i
     for said in errors:
         assert f"{path} is as it was" in said
         assert str(folder / "pool") in said
+
+
+def test_a_folder_of_backups_that_the_disk_does_not_give_is_told(
+    prepared: tuple[Path, Contents, Contents], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, old, new = prepared
+    shutil.copytree(folder / "store", path.parent)
+
+    def refuse(of: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(of))
+
+    with monkeypatch.context() as failing:
+        failing.setattr("os.listdir", refuse)
+        with pytest.raises(WriteFailedError, match="is as it was.*Input/output error.*pool"):
+            restore(folder / "pool", path)
+    assert contents(path) == old
+    restore(folder / "pool", path)
+    assert contents(path) == new
 
 
 def interrupted(folder: Path, path: Path, after_marker: int, *, once: bool = False) -> DyingDisk:

@@ -98,7 +98,10 @@ def restore(
         FormatVersionError: A newer release made the backup.
         WriteFailedError: The disk refuses; the message says which of the two stores is in the place.
     """
-    target, key = find_backup(backup)
+    try:
+        target, key = find_backup(backup)
+    except OSError as error:
+        raise WriteFailedError(f"{_nothing_restored(path)}: {error}") from error
     return restore_from(target, key, path, until=until, progress=progress, disk=disk)
 
 
