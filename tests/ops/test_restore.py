@@ -422,7 +422,7 @@ def test_a_folder_of_backups_that_the_disk_does_not_give_is_told(
 
     with monkeypatch.context() as failing:
         failing.setattr("os.listdir", refuse)
-        with pytest.raises(WriteFailedError, match="is as it was.*Input/output error.*pool"):
+        with pytest.raises(WriteFailedError, match=r"is as it was.*Input/output error.*pool"):
             restore(folder / "pool", path)
     assert contents(path) == old
     restore(folder / "pool", path)
