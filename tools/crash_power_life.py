@@ -120,10 +120,10 @@ class Life:
         self.disk = disk
         self.disk.on_sync = self._on_sync
 
-    def note_cut(self, power: PowerCut) -> None:
-        """Note that the power goes."""
+    def note_cut(self, power: PowerCut, world: World | None = None) -> None:
+        """Note that the power goes; with nobody else at the disk, or with a copy of the world from before."""
         call, path = self.disk.made[-1] if self.disk.made else ("nothing", self._path)
-        world = self._world.copy()
+        world = world or self._world.copy()
         world.killed = False
         self.cuts.append(Cut(power, world, f"{call} {path.relative_to(self._path.parent.parent)}"))
 
@@ -159,21 +159,27 @@ class Life:
                         break
                     await self._step()
                 while len(self.cuts) < cuts and self._rng.random() < 0.5:
-                    self.note_cut(self.disk.cut())
+                    self._cut()
                 if heir is not None:
                     return await self._kill(heir)
             finally:
                 for opened in self._logs:
                     await self._close(opened)
             while len(self.cuts) < cuts:
-                self.note_cut(self.disk.cut())
+                self._cut()
         return None
+
+    def _cut(self) -> None:
+        # A sync that ends after the power has gone must not count.
+        world = self._world.copy()
+        self.note_cut(self.disk.cut(), world)
 
     async def _kill(self, heir: Path) -> Killed:
         def kill(store: OpenStore) -> Killed:
             # Nobody else writes with SQLite meanwhile.
             with store.checkpoint_lock():
-                return Killed(self.disk.killed(heir), self._world.copy())
+                world = self._world.copy()
+                return Killed(self.disk.killed(heir), world)
 
         killed = await self._any_log().log.maintain(kill)
         killed.world.killed = True
