@@ -127,18 +127,20 @@ class _Member:
         self._released: set[int] = set()
         self._changed = asyncio.Event()
         self._writers: dict[int, list[asyncio.Task[None]]] = {}
+        self._beside: list[asyncio.Task[None]] = []
         self._rng = random.Random(f"{orders.seed} {orders.life}")
 
     async def live(self) -> None:
         asyncio.get_running_loop().add_reader(self._commands, self._hear)
         async with self._log, asyncio.TaskGroup() as tasks:
-            others = [tasks.create_task(self._follow(n, each)) for n, each in enumerate(self._orders.follows)]
-            others.append(tasks.create_task(self._look()))
+            self._beside += [tasks.create_task(self._follow(n, each)) for n, each in enumerate(self._orders.follows)]
+            self._beside.append(tasks.create_task(self._look()))
             while (command := await self._heard.get()) != "stop":
                 self._obey(tasks, *command.split())
             self._stopping = True
             self._tell_writers()
-            for task in others:
+            # A compaction ends early when the log is closed; who waited for it here would wait for all of it.
+            for task in self._beside:
                 task.cancel()
 
     def _hear(self) -> None:
@@ -162,7 +164,7 @@ class _Member:
         elif word == "clock":
             set_clock_back(numbers[0])
         else:
-            tasks.create_task(self._compact() if word == "compact" else self._back_up())
+            self._beside.append(tasks.create_task(self._compact() if word == "compact" else self._back_up()))
 
     # Writing.
 
