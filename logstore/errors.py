@@ -90,7 +90,15 @@ class NotAStoreError(LogstoreError):
 
 
 class FormatVersionError(LogstoreError):
-    """A file was written by a newer release; it is refused, never repaired."""
+    """A file was written by a newer release; it is refused, never repaired.
+
+    Attributes:
+        path: The file, None for what is no file.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DamageError(LogstoreError):

@@ -108,7 +108,7 @@ def inspect_file(path: Path, *, look_only: bool = False) -> str:
         )
     if version > SCHEMA_VERSION:
         raise FormatVersionError(
-            f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore"
+            f"{path} has catalogue version {version}, this release knows {SCHEMA_VERSION}: upgrade mcp-logstore", path
         )
     return "ours"
 

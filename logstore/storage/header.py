@@ -102,7 +102,8 @@ def decode_header(data: bytes, path: Path, kind: int) -> FileHeader:
         raise DamageError(path, 0, HEADER_BYTES, "the file does not begin as a logstore file")
     if version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}: upgrade mcp-logstore"
+            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}: upgrade mcp-logstore",
+            path,
         )
     if _CRC.unpack_from(data, _FIELDS.size)[0] != google_crc32c.value(data[: _FIELDS.size]):
         raise DamageError(path, 0, HEADER_BYTES, "the file header's checksum does not match")

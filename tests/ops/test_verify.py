@@ -236,6 +236,14 @@ def test_a_damaged_registry_is_told(store: Path, damage: str) -> None:
     assert (finding.kind, finding.file) == ("registry", str(path))
 
 
+@pytest.mark.promise("newer-format-refused")
+def test_a_registry_of_a_newer_release_is_told_by_its_name(store: Path) -> None:
+    path = log_of(store) / "registry.log"
+    change(path, 8, b"\xff")
+    (finding,) = found(store)
+    assert (finding.kind, finding.file) == ("version", str(path))
+
+
 def test_a_registry_that_was_cut_off_between_entries_is_told_by_its_copy(store: Path) -> None:
     path = log_of(store) / "registry.log"
     data = path.read_bytes()

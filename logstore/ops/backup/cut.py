@@ -221,6 +221,9 @@ def note_dropped(catalogue: Catalogue, data: bytes) -> None:
         raise ValueError(str(error)) from error
     with catalogue.transaction():
         catalogue.connection.executemany(
-            "INSERT INTO streams (name, created_at, dropped_id, dropped_at) VALUES (?1, ?3, ?2, ?3)",
-            (msgspec.structs.astuple(each) for each in dropped.values()),
+            """
+            INSERT INTO streams (name, created_at, dropped_id, dropped_at)
+            VALUES (:stream, :dropped_at, :dropped_id, :dropped_at)
+            """,
+            (msgspec.structs.asdict(each) for each in dropped.values()),
         )

@@ -72,7 +72,7 @@ def verify(
         with StoreView(path, disk) as view, contextlib.closing(_Verification(view, report, progress)) as verification:
             verification.run()
     except FormatVersionError as error:
-        report.findings.append(found("version", path, str(error)))
+        report.findings.append(found("version", error.path or path, str(error)))
     except sqlite3.OperationalError as error:
         # The index's own errors are findings.
         raise WriteFailedError(f"no room for the notes of a verification ({error}); point TMPDIR elsewhere") from error
