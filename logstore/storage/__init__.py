@@ -11,6 +11,7 @@ from logstore.storage.record import (
     FLAG_PRIMING,
     FLAG_REQUEST,
     Event,
+    Page,
     next_page_events,
 )
 from logstore.storage.registry import Session
@@ -28,6 +29,7 @@ __all__ = [
     "Log",
     "LogOptions",
     "LogStats",
+    "Page",
     "Retention",
     "Session",
     "Sessions",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, Final, NamedTuple
 
-from logstore.errors import InvalidMessageError, StoreClosedError, WriteFailedError
+from logstore.errors import StoreClosedError, WriteFailedError
 from logstore.storage.lane import Lane
 from logstore.storage.latency import Latencies
 from logstore.storage.options import LogOptions
@@ -159,7 +159,7 @@ class GroupCommit:
         now_us = time.time_ns() // 1000
         owner = self._tail.streams.get(stream) or self._begin_stream(stream)
         event_id = self._lane.ids.next(now_us)
-        frame = self._encode(Event(event_id, owner.last, now_us, stream, flags, payload))
+        frame = encode_frame(Event(event_id, owner.last, now_us, stream, flags, payload), self._seed)
         owner.last = event_id
         if self.failure is not None:
             self._show_volatile([event_id], [frame], [owner])
@@ -183,7 +183,7 @@ class GroupCommit:
         # Nothing is queued before all of it is encoded: one message that cannot be stored refuses the whole call.
         for owner, (stream, payload, flags) in zip(owners, items, strict=True):
             event_id = self._lane.ids.next(now_us)
-            frames.append(self._encode(Event(event_id, last[owner], now_us, stream, flags, payload)))
+            frames.append(encode_frame(Event(event_id, last[owner], now_us, stream, flags, payload), self._seed))
             ids.append(event_id)
             last[owner] = event_id
         for owner, newest in last.items():
@@ -196,12 +196,6 @@ class GroupCommit:
             self._pending.add(ids, frames, owners)
             return ids, self._commit_of(self._pending)
         return ids, None
-
-    def _encode(self, event: Event) -> bytes:
-        try:
-            return encode_frame(event, self._seed)
-        except ValueError as error:
-            raise InvalidMessageError("$", str(error)) from error
 
     def _begin_stream(self, name: str) -> StreamTail:
         check_stream_name(name)

@@ -19,12 +19,12 @@ import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import google_crc32c
 import msgspec
 
-from logstore.errors import InvalidStreamError
+from logstore.errors import InvalidMessageError, InvalidStreamError
 from logstore.storage.checksums import PartChecksums
 
 FLAG_PRIMING: Final = 1
@@ -99,6 +99,18 @@ def check_stream_name(name: str) -> None:
         raise InvalidStreamError(f"the stream name {name[:80]!r} holds a control character")
 
 
+class Page(NamedTuple):
+    """Events of a stream, in order.
+
+    Attributes:
+        events: The events.
+        is_last: Whether there were no more behind them at that moment; when that is not known, False.
+    """
+
+    events: list[Event]
+    is_last: bool
+
+
 FIRST_PAGE_EVENTS: Final = 16
 """Events to read at once as long as their size is not known."""
 CHUNK_EVENTS: Final = 100
@@ -148,11 +160,11 @@ def encode_frame(event: Event, seed: int) -> bytes:
     """Return the frame of one event.
 
     Raises:
-        ValueError: The event is larger than `MAX_BODY_BYTES`.
+        InvalidMessageError: The event is larger than `MAX_BODY_BYTES`.
     """
     body = _encoder.encode(event)
     if len(body) > MAX_BODY_BYTES:
-        raise ValueError(f"an event of {len(body)} bytes is larger than the largest, {MAX_BODY_BYTES}")
+        raise InvalidMessageError("$", f"an event of {len(body)} bytes is larger than the largest, {MAX_BODY_BYTES}")
     return _pack_header(len(body), _extend(seed, body)) + body
 
 
