@@ -26,7 +26,6 @@ from logstore.storage import (
     FLAG_REQUEST,
     Event,
     Health,
-    Page,
     StreamSummary,
     next_page_events,
 )
@@ -58,10 +57,6 @@ class EventLog(Protocol):
 
     async def read(self, stream: str, after: str | None = None, limit: int = 1000) -> list[Event]:
         """Return events of a stream in order; none when nothing is after."""
-        ...
-
-    async def page(self, stream: str, after: str | None = None, limit: int = 1000) -> Page:
-        """Return events of a stream in order, and whether that was all."""
         ...
 
     def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
@@ -257,8 +252,7 @@ async def replay(log: EventLog, stream: str, after: str, send_callback: EventCal
         DamageError: Events after that one cannot be read.
     """
     limit = FIRST_PAGE_EVENTS
-    while True:
-        events, is_last = await log.page(stream, after, limit)
+    while events := await log.read(stream, after, limit):
         for event in events:
             if not event.flags & FLAG_PRIMING:
                 message: Any = decode(event)
@@ -266,8 +260,6 @@ async def replay(log: EventLog, stream: str, after: str, send_callback: EventCal
                 await send_callback(EventMessage(message, str(event.id)))
             if event.flags & FLAG_FINAL:
                 return
-        if is_last or not events:
-            return
         after, limit = events[-1].event_id, next_page_events(events)
 
 

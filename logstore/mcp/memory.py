@@ -13,7 +13,7 @@ from typing import Final, Unpack
 from logstore.config import EngineSettings, config_of
 from logstore.errors import GapError, InvalidMessageError, StoreClosedError
 from logstore.mcp.base import EventLog, LogEventStore
-from logstore.storage import Event, Health, Page, StreamSummary
+from logstore.storage import Event, Health, StreamSummary
 from logstore.storage.ids import parse_event_id
 from logstore.storage.record import MAX_BODY_BYTES, check_stream_name
 
@@ -136,18 +136,9 @@ class MemoryLog:
         Raises:
             GapError: Events after the given one were dropped.
         """
-        return (await self.page(stream, after, limit)).events
-
-    async def page(self, stream: str, after: str | None = None, limit: int = _PAGE_EVENTS) -> Page:
-        """As `read`, and whether that was all.
-
-        Raises:
-            GapError: As `read`.
-        """
         self._check_open()
         found = self._streams.get(stream)
-        events = [] if found is None else _after(found, after, limit)
-        return Page(events, len(events) < limit)
+        return [] if found is None else _after(found, after, limit)
 
     async def unanswered(self, prefix: str) -> list[str]:
         """Return nothing: the process that would have answered has the log in its memory, and is alive."""

@@ -11,7 +11,6 @@ from logstore.storage.record import (
     FLAG_PRIMING,
     FLAG_REQUEST,
     Event,
-    Page,
     next_page_events,
 )
 from logstore.storage.registry import Session
@@ -29,7 +28,6 @@ __all__ = [
     "Log",
     "LogOptions",
     "LogStats",
-    "Page",
     "Retention",
     "Session",
     "Sessions",

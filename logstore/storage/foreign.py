@@ -93,16 +93,16 @@ class _Journal:
         try:
             return self._disk.read(self._fd, length, offset)
         except OSError as error:
+            if error.errno != errno.EIO:
+                raise
             raise _as_damage(error, self._path, offset, length) from error
 
     def close(self) -> None:
         self._disk.close(self._fd)
 
 
-def _as_damage(error: OSError, path: Path, offset: int, length: int) -> Exception:
+def _as_damage(error: OSError, path: Path, offset: int, length: int) -> DamageError:
     """Return damage for an error that says that the disk does not give some bytes, which is as good as that."""
-    if error.errno != errno.EIO:
-        return error
     return DamageError(path, offset, length, f"the disk does not give them: {error}")
 
 
@@ -147,6 +147,8 @@ class _Lane:
                 # Checkpointed since, or only being made: nothing of it is visible.
                 continue
             except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
                 raise _as_damage(error, journal_path(self.folder, new), 0, HEADER_BYTES) from error
         return grown
 

@@ -31,15 +31,7 @@ from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
 from logstore.storage.reader import Reader, contiguous
-from logstore.storage.record import (
-    FIRST_PAGE_EVENTS,
-    FLAG_FINAL,
-    Event,
-    Page,
-    decode_frame,
-    decode_stamp,
-    next_page_events,
-)
+from logstore.storage.record import FIRST_PAGE_EVENTS, FLAG_FINAL, Event, decode_frame, decode_stamp, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
@@ -230,11 +222,7 @@ class Log:
         return self._tail.stream_of(number) or await parts.read(parts.reader.stream_of, number)
 
     async def read(self, stream: str, after: str | None = None, limit: int = 1000) -> list[Event]:
-        """Return the events of `page`, none when there is nothing after the id; errors as there."""
-        return (await self.page(stream, after, limit)).events
-
-    async def page(self, stream: str, after: str | None = None, limit: int = 1000) -> Page:
-        """Return a stream's first events after an id, in order, and whether that was all.
+        """Return a stream's first events after an id, in order; none when there is nothing after it.
 
         Args:
             stream: Name of the stream.
@@ -258,18 +246,16 @@ class Log:
             own, lost = owner.after(start, limit), owner.lost
         if start and owner is not None and owner.covers(start) and parts.foreign.moves() == owner.others:
             self._hits += 1
-            events, is_last = [decode_frame(frame) for frame in own], len(own) < limit
+            events = [decode_frame(frame) for frame in own]
         else:
             self._misses += 1
-            events, is_last = await parts.read(parts.reader.page, stream, start, limit, own)
+            events = await parts.read(parts.reader.read, stream, start, limit, own)
         self._read_latencies.record(time.monotonic() - started_s)
         if lost > start:
             events = [event for event in events if event.id <= lost]
             if not events:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
-            is_last = False
-        whole = contiguous(stream, start, events)
-        return Page(whole, is_last and len(whole) == len(events))
+        return contiguous(stream, start, events)
 
     async def unanswered(self, prefix: str) -> list[str]:
         """Return the streams of requests that have no answer yet, whose names begin with a prefix.

@@ -25,7 +25,6 @@ from logstore.storage.record import (
     FLAG_REQUEST,
     FRAME_HEADER,
     Event,
-    Page,
     decode_events,
     decode_frame,
 )
@@ -99,10 +98,6 @@ class Reader:
         return self._foreign.stream_of(event_id) or self._asked(self._catalogue.stream_of, event_id)
 
     def read(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> list[Event]:
-        """Return the events of `page`."""
-        return self.page(stream, after, limit, own).events
-
-    def page(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> Page:
         """Return a stream's first events above an id, in order.
 
         Args:
@@ -132,7 +127,7 @@ class Reader:
                 merged = [event for event in merged if event.id <= hole.after]
                 if not merged:
                     raise GapError(stream, str(after), hole.reason)
-        return Page(merged[:limit], len(merged) < limit and found.hole is None and below == MAX_ID)
+        return merged[:limit]
 
     def _in_segments(self, stream: str, after: int, limit: int) -> _Found | None:
         """Return the first events above an id that the catalogue knows, up to the first that cannot be read.

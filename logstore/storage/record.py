@@ -19,7 +19,7 @@ import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
 import google_crc32c
 import msgspec
@@ -97,18 +97,6 @@ def check_stream_name(name: str) -> None:
         raise InvalidStreamError(f"a stream name has 1 to {MAX_STREAM_BYTES} bytes, this one {size}: {name[:40]!r}")
     if not name.isprintable() and any(unicodedata.category(character) in _UNSHOWABLE for character in name):
         raise InvalidStreamError(f"the stream name {name[:80]!r} holds a control character")
-
-
-class Page(NamedTuple):
-    """Events of a stream, in order.
-
-    Attributes:
-        events: The events.
-        is_last: Whether there were no more behind them at that moment; when that is not known, False.
-    """
-
-    events: list[Event]
-    is_last: bool
 
 
 FIRST_PAGE_EVENTS: Final = 16
