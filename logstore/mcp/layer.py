@@ -58,6 +58,7 @@ _ONCE: Final = (SESSION_HEADER, _VERSION_HEADER, _LAST_EVENT_HEADER)
 _TWICE: Final = "Bad Request: Mcp-Session-Id, Mcp-Protocol-Version and Last-Event-ID may come once each"
 _TOO_LARGE: Final = "clientInfo and capabilities are larger than a session may keep"
 _MOVING: Final = "the session is being moved to another server process; nothing was done, try again"
+_NOT_LOOKED_UP: Final = "the stream cannot be read just now, try again"
 _NOT_NOW: Final = "the session cannot be taken over just now; nothing was done, try again"
 
 
@@ -310,7 +311,12 @@ class ResumeLayer:
         if session is None:
             await self._refuse(answers.unknown_session(), began_s, connection)
             return
-        resumption = await Resumption.begin(await self._store.log(), session, last_event_id)
+        try:
+            resumption = await Resumption.begin(await self._store.log(), session, last_event_id)
+        except (OSError, LogstoreError) as error:
+            logger.error("a resume cannot be looked up: %s", error)
+            await connection.answer(answers.unavailable(_NOT_LOOKED_UP))
+            return
         if resumption is None:
             if live is None and await self._resume_at_owner(owner, scope, connection):
                 return

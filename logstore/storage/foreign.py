@@ -6,6 +6,7 @@ journal that is gone has been checkpointed, its events are in the catalogue.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -135,9 +136,8 @@ class _Lane:
         grown: set[str] = set()
         ordinals = set(journal_ordinals(self._disk, self.folder))
         for gone in self.journals.keys() - ordinals:
-            journal = self.journals.pop(gone)
-            grown |= journal.read_on(None)
-            journal.close()
+            with contextlib.closing(self.journals.pop(gone)) as journal:
+                grown |= journal.read_on(None)
         for new in sorted(ordinals - self.journals.keys()):
             try:
                 self.journals[new] = _Journal(self._disk, journal_path(self.folder, new))
@@ -245,7 +245,18 @@ class Foreign:
 
         The marks are looked at together: with those of one lane older than those of another, a stream that moved
         between them would show its later events without the earlier ones.
+
+        Raises:
+            DamageError: The disk does not give what another process wrote.
         """
+        try:
+            self._read_on()
+        except BaseException:
+            # Which streams had grown until then is forgotten, and they are not found to have grown again.
+            self._missed = True
+            raise
+
+    def _read_on(self) -> None:
         lanes = self._all()
         grown: set[str] = set()
         for lane in lanes:

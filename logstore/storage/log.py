@@ -214,7 +214,11 @@ class Log:
     # Reading.
 
     async def stream_of(self, event_id: str) -> str | None:
-        """Return the stream of an event, or None for an id that the store does not have or never wrote."""
+        """Return the stream of an event, or None for an id that the store does not have or never wrote.
+
+        Raises:
+            DamageError: The catalogue, or a journal of another process, cannot be read.
+        """
         parts = await self._ready()
         number = parse_event_id(event_id)
         if number is None:

@@ -19,12 +19,14 @@ from logstore.errors import ConfigurationError
 from logstore.mcp import InMemoryEventStore, PersistentEventStore, resumable_http_app
 from logstore.mcp.base import LogEventStore
 from logstore.mcp.layer import ResumeLayer
+from logstore.storage import Log, LogOptions
 from logstore.storage.files import Disk
 from tests.engine import eventually
 from tests.mcp.serving import DEADLINE_S, Steps, counting_server, served
 from tests.mcp.strict_client import StrictClient
 from tests.mcp.test_fastmcp import counting_server as counting_fastmcp
 from tests.mcp.test_http import answers_of, progress_of
+from tests.storage.disks import Fault, FaultyDisk
 
 SERVERS: dict[str, Callable[[Steps], Any]] = {
     "mcpserver": counting_server,
@@ -161,6 +163,21 @@ async def test_a_session_in_use_does_not_end_however_old_it_is(make_store: Calla
         assert not found.released
         assert found.changed_us > opened.changed_us + 200_000
         assert await call(client, 1, 0)
+
+
+@pytest.mark.promise("unreadable-is-told")
+async def test_while_the_disk_does_not_give_the_log_a_resume_is_put_off(tmp_path: Path) -> None:
+    path, disk = tmp_path / "e.db", FaultyDisk()
+    async with Log(path, LogOptions(checkpoint_interval_s=3600)) as other:
+        # In a journal of another process, where the event might be.
+        await other.append("elsewhere", b"1")
+        async with session(PersistentEventStore(path, disk=disk), Steps()) as (client, _):
+            disk.fail(Fault("read", name=".journal", from_then_on=True))
+            async with client.resume("1") as stream:
+                assert stream.response.status_code == 503
+            disk.heal()
+            async with client.resume("1") as stream:
+                assert stream.response.status_code == 400
 
 
 class FullDisk(Disk):

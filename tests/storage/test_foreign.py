@@ -15,7 +15,7 @@ from logstore.storage.header import KIND_JOURNAL, FileHeader, frame_seed
 from logstore.storage.journal import JournalWriter
 from logstore.storage.lane import Marks, journal_path
 from logstore.storage.record import Event, encode_frame
-from tests.storage.disks import Fault, FaultyDisk
+from tests.storage.disks import Fault, FaultyDisk, open_descriptors
 
 STORE_ID = 8
 FRAME = encode_frame(Event(7, 0, 1_790_000_000_000_000, "s", 0, b"payload"), frame_seed(STORE_ID))
@@ -78,5 +78,28 @@ def test_a_journal_that_the_disk_does_not_give_is_told_as_damaged(tmp_path: Path
         with pytest.raises(DamageError, match="the disk does not give them") as told:
             read()
         assert told.value.path == path
-        # It may give them the next time.
+        # It may give them the next time, and who follows looks again whatever was read before.
         assert read() == [FRAME]
+        grown, missed = foreign.news()
+        assert missed or grown == {"s"}
+
+
+def test_a_journal_that_is_gone_and_cannot_be_read_any_more_is_let_go_of(tmp_path: Path) -> None:
+    folder = tmp_path / "lanes" / "0001"
+    folder.mkdir(parents=True)
+    path = journal_path(folder, 1)
+    writer = JournalWriter(Disk(), path, FileHeader(kind=KIND_JOURNAL, store_id=STORE_ID, salt=1, number=1))
+    disk = FaultyDisk()
+    with contextlib.closing(Marks(Disk(), folder)) as marks, contextlib.closing(Foreign(disk, tmp_path, 0)) as foreign:
+        marks.begin(1)
+        marks.show(1, writer.end)
+        foreign.read_on()
+        before = open_descriptors()
+        writer.write([FRAME])
+        path.unlink()
+        disk.fail(Fault("read", name=path.name))
+        with pytest.raises(DamageError):
+            foreign.read_on()
+        assert open_descriptors() == before - 1
+        foreign.read_on()
+        writer.close()
