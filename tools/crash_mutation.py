@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from crash_kill import BrokenPromiseError
-from crash_mutations import MUTATIONS, Mutation, Proof
+from crash_mutations import MUTATIONS
+from crash_mutations_type import Mutation, Proof
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _COPIED: Final = ("logstore", "tests", "tools", "bench", "pyproject.toml", "README.md")

@@ -2,160 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
-Proof = tuple[str, ...]
-"""A campaign, `("crash", name, …options)`, or what pytest is to run."""
-
-
-class Mutation(NamedTuple):
-    """One thing that is taken out.
-
-    Attributes:
-        name: What is missing then.
-        file: Below `logstore/`.
-        old: Text that stands there once.
-        new: What takes its place.
-        proofs: One of them must fail; the likeliest first.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    proofs: tuple[Proof, ...]
-
-
-_POWER: Final[Proof] = ("crash", "power", "--runs", "60")
-_DAMAGE: Final[Proof] = ("crash", "damage", "--runs", "40")
-_PROCESSES: Final[Proof] = ("crash", "processes", "--events", "20000", "--kills", "6")
-
-
-def _tests(*names: str) -> Proof:
-    return tuple(f"tests/{name}.py" for name in names)
-
-
-_SYNCS: Final = [
-    Mutation(
-        "sync: of a journal",
-        "storage/journal.py",
-        "        self._disk.sync(self._fd)\n        self.durable = self.end",
-        "        self.durable = self.end",
-        (_tests("storage/test_journal"), _POWER),
-    ),
-    Mutation(
-        "sync: of a commit before it is acknowledged",
-        "storage/commit.py",
-        "        if sync:\n            lane.sync()\n        lane.show()",
-        "        lane.show()",
-        (_tests("test_acknowledgement"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folder of a new journal",
-        "storage/journal.py",
-        "            disk.sync_folder(path.parent)\n        except BaseException:",
-        "        except BaseException:",
-        (_tests("storage/test_journal", "storage/test_lane"), _POWER),
-    ),
-    Mutation(
-        "sync: of a reservation",
-        "storage/lane.py",
-        "    disk.write(fd, fields + _CRC.pack(google_crc32c.value(fields)), slot)\n    disk.sync(fd)",
-        "    disk.write(fd, fields + _CRC.pack(google_crc32c.value(fields)), slot)",
-        (_tests("storage/test_lane"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folder of a first reservation",
-        "storage/lane.py",
-        "            self._disk.sync_folder(self.folder)\n            self._state_in_folder = True",
-        "            self._state_in_folder = True",
-        (_tests("storage/test_lane"), _POWER),
-    ),
-    Mutation(
-        "sync: of segments before the index names them",
-        "storage/checkpoint.py",
-        "            segment.writer.sync()\n",
-        "            pass\n",
-        (_tests("test_log", "test_acknowledgement"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folder of segments",
-        "storage/checkpoint.py",
-        '            self._disk.sync_folder(self._root / "segments")\n        finished',
-        "            pass\n        finished",
-        (_POWER,),
-    ),
-    Mutation(
-        "sync: of the registry",
-        "storage/registry.py",
-        "        self._disk.sync(self._fd)\n        self._failed = False",
-        "        self._failed = False",
-        (_tests("storage/test_registry"), _POWER),
-    ),
-    Mutation(
-        "sync: of a file before it is published",
-        "storage/files.py",
-        "                self.write(fd, data, 0)\n                self.sync(fd)\n",
-        "                self.write(fd, data, 0)\n",
-        (_tests("storage/test_files"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folder of a published file",
-        "storage/files.py",
-        "            raise\n        self.sync_folder(path.parent)",
-        "            raise",
-        (_tests("storage/test_files"), _POWER),
-    ),
-    Mutation(
-        "sync: of the parent of a new folder",
-        "storage/files.py",
-        "        self.sync_folder(folder.parent)\n",
-        "",
-        (_tests("storage/test_files"), _POWER),
-    ),
-    Mutation(
-        "sync: of what compaction has written",
-        "ops/compaction/rewrite.py",
-        "        output.writer.sync()\n",
-        "",
-        (_tests("ops/test_compaction", "ops/test_operating_faults"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folder of a segment that compaction published",
-        "storage/segment.py",
-        "        self.path = path\n        self._disk.sync_folder(path.parent)",
-        "        self.path = path",
-        (_tests("storage/test_segment", "ops/test_compaction"), _POWER),
-    ),
-    Mutation(
-        "sync: of an index that was made again",
-        "storage/indexing.py",
-        "        # SQLite has synced nothing of it.\n        disk.sync(fd)",
-        "        pass",
-        (_tests("storage/test_indexing", "ops/test_reindex"), _POWER),
-    ),
-    Mutation(
-        "sync: of an object of a backup",
-        "ops/backup/pool.py",
-        "                disk.sync(fd)\n",
-        "",
-        (_tests("ops/test_backup"), _POWER),
-    ),
-    Mutation(
-        "sync: of the folders of a backup's objects",
-        "ops/backup/pool.py",
-        "        for folder in self._object_folders():\n            self._disk.sync_folder(folder)\n",
-        "",
-        (_tests("ops/test_backup"), _POWER),
-    ),
-    Mutation(
-        "sync: of the old store's folders before a restore moves the new one in",
-        "storage/replacement.py",
-        "    for folder in (aside, root, path.parent):\n        disk.sync_folder(folder)\n",
-        "",
-        (_tests("ops/test_restore"), _POWER),
-    ),
-]
+from crash_mutations_syncs import SYNCS
+from crash_mutations_type import DAMAGE, POWER, PROCESSES, Mutation, tests
 
 _ORDERS: Final = [
     Mutation(
@@ -163,28 +13,28 @@ _ORDERS: Final = [
         "storage/commit.py",
         "        if sync:\n            lane.sync()\n        lane.show()",
         "        lane.show()\n        if sync:\n            lane.sync()",
-        (_tests("test_acknowledgement"),),
+        (tests("test_acknowledgement"),),
     ),
     Mutation(
         "order: after a sync a batch begins on a page of its own",
         "storage/journal.py",
         "        self._fresh_page = True",
         "        self._fresh_page = False",
-        (_tests("storage/test_journal"), _POWER),
+        (tests("storage/test_journal"), POWER),
     ),
     Mutation(
         "order: a journal is sealed before the next one begins",
         "storage/lane.py",
         "            self.journal.seal()\n",
         "            self.journal.close()\n",
-        (_tests("storage/test_lane", "test_acknowledgement"), _POWER),
+        (tests("storage/test_lane", "test_acknowledgement"), POWER),
     ),
     Mutation(
         "order: journals go after the commit that has their events",
         "storage/checkpoint.py",
         "        self._done += journals\n        try:",
         "        try:",
-        (_tests("storage/test_recovery", "test_log", "test_disk_failure"),),
+        (tests("storage/test_recovery", "test_log", "test_disk_failure"),),
     ),
     Mutation(
         "order: a reader pins journals before it asks the index",
@@ -197,35 +47,47 @@ _ORDERS: Final = [
         "        self._foreign.read_on()\n"
         "        elsewhere = self._foreign.frames(stream, after, limit)\n"
         "        events = {event.id: event for frames in (own, elsewhere) for event in map(decode_frame, frames)}\n",
-        (_tests("test_handover"), _PROCESSES),
+        (tests("test_handover"), PROCESSES),
     ),
     Mutation(
         "order: what a failed journal may not hold is written again",
         "storage/commit.py",
         '            self._timers.start("rewrite", self._retry_s, self._start_rewrite)\n        self.room_changed()',
         "        self.room_changed()",
-        (_tests("test_disk_failure"),),
+        (tests("test_disk_failure"),),
     ),
     Mutation(
         "order: recovery forgets the cache before it reads",
         "storage/scan.py",
         "        disk.forget_cache(fd)\n",
         "",
-        (_tests("test_acknowledgement", "storage/test_recovery"),),
+        (tests("test_acknowledgement", "storage/test_recovery"),),
     ),
     Mutation(
         "order: a file ends where its successor says",
         "storage/recovery.py",
         "        scan = scan_journal(data, path, witness, end)",
         "        scan = scan_journal(data, path, witness, None)",
-        (_tests("test_disk_failure", "storage/test_recovery"),),
+        (tests("test_disk_failure", "storage/test_recovery"),),
     ),
     Mutation(
         "order: a session is released when its events are in segments",
         "storage/sessions.py",
         "            await checkpointer.empty(session.stream_prefix)\n",
         "            pass\n",
-        (_tests("mcp/test_layer_faults", "test_processes", "test_acknowledgement", "test_log"),),
+        (tests("mcp/test_layer_faults", "test_processes", "test_acknowledgement", "test_log"),),
+    ),
+    Mutation(
+        "order: a backup holds the segments before it asks which there are",
+        "ops/backup/create.py",
+        '            held.enter_context(wait_for_lock(store.disk, store.root / "removal.lock", shared=True))\n'
+        "            store.adopt_dead_lanes()\n"
+        "            return _Copy(store, target, progress).run(take_cut(store, held))",
+        "            store.adopt_dead_lanes()\n"
+        "            cut = take_cut(store, held)\n"
+        '            held.enter_context(wait_for_lock(store.disk, store.root / "removal.lock", shared=True))\n'
+        "            return _Copy(store, target, progress).run(cut)",
+        (tests("ops/test_backup", "ops/test_pace"), ("crash", "backup", "--runs", "3")),
     ),
 ]
 
@@ -235,42 +97,99 @@ _COMPARISONS: Final = [
         "storage/journal.py",
         "            if self._checksum(data, start - base, stop - base) != header.checksum:",
         "            if stop - start != header.length:",
-        (_tests("storage/test_journal"), _DAMAGE),
+        (tests("storage/test_journal"), DAMAGE),
     ),
     Mutation(
         "comparison: the header of a batch",
         "storage/journal.py",
         "    if _CRC.unpack_from(data, offset + _FIELDS.size)[0] != chain:\n        return None\n",
         "",
-        (_tests("storage/test_journal"), _DAMAGE),
+        (tests("storage/test_journal"), DAMAGE),
     ),
     Mutation(
         "comparison: the chain of batches",
         "storage/journal.py",
         " or self._chain not in (None, header.previous)",
         "",
-        (_tests("storage/test_journal"),),
+        (tests("storage/test_journal"),),
     ),
     Mutation(
         "comparison: a file's header",
         "storage/header.py",
         "    if _CRC.unpack_from(data, _FIELDS.size)[0] != google_crc32c.value(data[: _FIELDS.size]):",
         "    if len(data) < _FIELDS.size:",
-        (_tests("storage/test_header"),),
+        (tests("storage/test_header"),),
     ),
     Mutation(
         "comparison: an entry of the registry",
         "storage/registry.py",
         " and checksums.extend(seed, start, end) == checksum:",
         ":",
-        (_tests("storage/test_registry"), _DAMAGE),
+        (tests("storage/test_registry"), DAMAGE),
     ),
     Mutation(
         "comparison: a reservation",
         "storage/lane.py",
         "    if checksum != _CRC.pack(google_crc32c.value(fields)):",
         "    if len(checksum) != _CRC.size:",
-        (_tests("storage/test_lane"), _DAMAGE),
+        (tests("storage/test_lane"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a frame among many",
+        "storage/record.py",
+        "or not 0 < length <= MAX_BODY_BYTES or _extend(seed, body) != checksum:",
+        "or not 0 < length <= MAX_BODY_BYTES:",
+        (tests("storage/test_record"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a frame",
+        "storage/record.py",
+        "    if _extend(seed, body) != checksum or not is_event(body):",
+        "    if not is_event(body):",
+        (tests("storage/test_record"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a frame among damage",
+        "storage/record.py",
+        "            and checksums.extend(seed, start, end) == FRAME_HEADER.unpack_from(data, offset)[1]\n",
+        "",
+        (tests("storage/test_record"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a frame that is verified",
+        "ops/verify/frames.py",
+        " or extend(seed, body) != checksum or not",
+        " or not",
+        (tests("ops/test_verify"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: the digest of a segment",
+        "ops/verify/segments.py",
+        "            self._altered = hashlib.sha256(memoryview(self._data)[:known]).hexdigest() != self._row.sha256",
+        "            self._altered = not hashlib.sha256(memoryview(self._data)[:known]).hexdigest()",
+        (tests("ops/test_verify"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: an object of a backup",
+        "ops/backup/pool.py",
+        "    if found.hexdigest() != digest:",
+        "    if not found.hexdigest():",
+        (tests("ops/test_backup", "ops/test_restore"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a manifest",
+        "ops/backup/manifest.py",
+        "        if hashlib.sha256(backup).hexdigest() != sealed.sha256:",
+        "        if not sealed.sha256:",
+        (tests("ops/test_backup"), DAMAGE),
+    ),
+    Mutation(
+        "comparison: a frame that is shown",
+        "ops/verify/dump.py",
+        "        if self._checksums.extend(self._seed, body - self._start, end - self._start) != checksum:\n"
+        "            return None\n",
+        "",
+        (tests("ops/test_dump"),),
     ),
 ]
 
@@ -280,43 +199,64 @@ _LOCKS: Final = [
         "storage/lane.py",
         '            if (lock := disk.lock(folder / "lock")) is not None:',
         '            if (lock := disk.lock(folder / "lock", shared=True)) is not None:',
-        (_tests("storage/test_lane", "test_processes"), _PROCESSES),
+        (tests("storage/test_lane", "test_processes"), PROCESSES),
     ),
     Mutation(
         "lock: of the registry",
         "storage/registry.py",
         '        lock = self._disk.lock(self._root / "registry.lock", wait=True)',
         '        lock = self._disk.lock(self._root / "registry.lock", wait=True, shared=True)',
-        (_tests("storage/test_registry", "mcp/test_layer_faults"), _PROCESSES),
+        (tests("storage/test_registry", "mcp/test_layer_faults"), PROCESSES),
     ),
     Mutation(
         "lock: of the checkpoint",
         "storage/opening.py",
         "        while (lock := self.disk.lock(path)) is None:",
         "        while (lock := self.disk.lock(path, shared=True)) is None:",
-        (_tests("test_bad_input", "test_log"), _PROCESSES),
+        (tests("test_bad_input", "test_log"), PROCESSES),
     ),
     Mutation(
         "lock: of compaction",
         "storage/opening.py",
         '        return self.disk.lock(self.root / "compaction.lock")',
         '        return self.disk.lock(self.root / "compaction.lock", shared=True)',
-        (_tests("ops/test_compaction"), _PROCESSES),
+        (tests("ops/test_compaction"), PROCESSES),
     ),
     Mutation(
         "lock: of a dead lane that is adopted",
         "storage/opening.py",
         '            lock = self.disk.lock(folder / "lock")\n            if lock is None:',
         '            lock = self.disk.lock(folder / "other", wait=True)\n            if lock is None:',
-        (_tests("test_processes", "test_log"), _PROCESSES),
+        (tests("test_processes", "test_log"), PROCESSES),
     ),
     Mutation(
         "lock: of the whole store, against a restore",
         "storage/opening.py",
         "            lock = self.disk.lock(path, shared=not replacing)",
         '            lock = self.disk.lock(path.with_name("other.lock"), shared=not replacing)',
-        (_tests("ops/test_restore"),),
+        (tests("ops/test_restore"),),
+    ),
+    Mutation(
+        "lock: of segments, against their removal",
+        "storage/opening.py",
+        '        return self.disk.lock(self.root / "removal.lock")',
+        '        return self.disk.lock(self.root / "removal.lock", shared=True)',
+        (tests("ops/test_backup", "ops/test_compaction", "ops/test_pace"),),
+    ),
+    Mutation(
+        "lock: of a pool of backups",
+        "ops/backup/pool.py",
+        "        with wait_for_lock(self._disk, self.folder / _LOCK, shared=False, patience_s=_SHORT_PATIENCE_S):",
+        "        with wait_for_lock(self._disk, self.folder / _LOCK, shared=True, patience_s=_SHORT_PATIENCE_S):",
+        (tests("ops/test_backup"),),
+    ),
+    Mutation(
+        "lock: of a store that is restored",
+        "storage/replacement.py",
+        '    lock = disk.lock(root / "store.lock")',
+        '    lock = disk.lock(root / "store.lock", shared=True)',
+        (tests("ops/test_restore"),),
     ),
 ]
 
-MUTATIONS: Final[tuple[Mutation, ...]] = (*_SYNCS, *_ORDERS, *_COMPARISONS, *_LOCKS)
+MUTATIONS: Final[tuple[Mutation, ...]] = (*SYNCS, *_ORDERS, *_COMPARISONS, *_LOCKS)

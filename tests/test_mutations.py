@@ -1,0 +1,54 @@
+"""The list of what the mutation campaign takes out: it fits the code, and leaves out no sync."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import logstore
+from crash_mutations import MUTATIONS
+from crash_mutations_type import Mutation
+
+ROOT = Path(logstore.__file__).parent
+DOOR = {("storage/files.py", "sync"), ("storage/segment.py", "sync"), ("storage/lane.py", "sync")}
+"""Methods that only pass a sync on: it is taken out where they are called."""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_fits_the_code_and_leaves_code(mutation: Mutation) -> None:
+    text = (ROOT / mutation.file).read_text()
+    assert text.count(mutation.old) == 1
+    ast.parse(text.replace(mutation.old, mutation.new))
+    assert mutation.proofs
+    for proof in mutation.proofs:
+        assert proof[0] == "crash" or all((ROOT.parent / file).is_file() for file in proof)
+
+
+def test_names_are_unique() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
+
+
+def syncs(file: str, tree: ast.AST, function: str = "") -> Iterator[int]:
+    """Yield the lines that sync a file or a folder, but for those of methods that pass it on."""
+    for node in ast.iter_child_nodes(tree):
+        name = node.name if isinstance(node, ast.FunctionDef) else function
+        called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+        if called in ("sync", "sync_folder") and (file, name) not in DOOR:
+            yield node.lineno
+        yield from syncs(file, node, name)
+
+
+def test_every_sync_is_taken_out() -> None:
+    left: list[str] = []
+    for path in sorted(ROOT.rglob("*.py")):
+        file, text = str(path.relative_to(ROOT)), path.read_text()
+        taken: set[int] = set()
+        for mutation in MUTATIONS:
+            if mutation.file == file:
+                first = text[: text.index(mutation.old)].count("\n") + 1
+                taken.update(range(first, first + mutation.old.count("\n") + 1))
+        left += [f"{file}:{line}" for line in syncs(file, ast.parse(text)) if line not in taken]
+    assert left == []
