@@ -35,9 +35,9 @@ def syncs(file: str, tree: ast.AST, function: str = "") -> Iterator[int]:
     """Yield the lines that sync a file or a folder, but for those of methods that pass it on."""
     for node in ast.iter_child_nodes(tree):
         name = node.name if isinstance(node, ast.FunctionDef) else function
-        called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        if called in ("sync", "sync_folder") and (file, name) not in DOOR:
-            yield node.lineno
+        match node:
+            case ast.Call(func=ast.Attribute(attr="sync" | "sync_folder")) if (file, name) not in DOOR:
+                yield node.lineno
         yield from syncs(file, node, name)
 
 
