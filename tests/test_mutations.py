@@ -31,13 +31,16 @@ def test_names_are_unique() -> None:
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
+def _is_sync(called: ast.expr) -> bool:
+    return isinstance(called, ast.Attribute) and called.attr in {"sync", "sync_folder"}
+
+
 def syncs(file: str, tree: ast.AST, function: str = "") -> Iterator[int]:
     """Yield the lines that sync a file or a folder, but for those of methods that pass it on."""
     for node in ast.iter_child_nodes(tree):
         name = node.name if isinstance(node, ast.FunctionDef) else function
-        match node:
-            case ast.Call(func=ast.Attribute(attr="sync" | "sync_folder")) if (file, name) not in DOOR:
-                yield node.lineno
+        if isinstance(node, ast.Call) and _is_sync(node.func) and (file, name) not in DOOR:
+            yield node.lineno
         yield from syncs(file, node, name)
 
 
