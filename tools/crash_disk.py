@@ -248,11 +248,13 @@ class PowerDisk(Disk):
         wal_path = path.with_name(f"{path.name}-wal")
         wal = wal_path.read_bytes() if seen[1] is not None else None
         known = self._device.find(wal_path)
+        if isinstance(known, File):
+            # A log that is gone was folded into the database, whole. It may come back, but not as it was seen last:
+            # its first commits without the later ones would undo these.
+            known.state = FileState(wal or b"")
         if wal is None:
             self._device.remove(wal_path)
-        elif isinstance(known, File):
-            known.state = FileState(wal)
-        else:
+        elif known is None:
             self._device.put(wal_path, self._device.new_file(wal_path.name, wal))
             # SQLite syncs the folder of a log that it begins.
             self._device.sync_folder(path.parent)

@@ -34,3 +34,6 @@ PROCESSES: Final[Proof] = ("crash", "processes", "--events", "20000", "--kills",
 def tests(*names: str) -> Proof:
     """Return a proof of files with tests."""
     return tuple(f"tests/{name}.py" for name in names)
+
+
+CUTS: Final = tests("test_power_cuts")

@@ -119,6 +119,14 @@ def packed(rng: random.Random, batches: int) -> Journal:
     return journal
 
 
+def unsynced(rng: random.Random, batches: int) -> Journal:
+    """A journal as `os` writes it: nobody syncs it."""
+    journal = Journal()
+    for _ in range(batches):
+        write_random(journal, rng)
+    return journal
+
+
 def ids_of(frames: Sequence[bytes]) -> list[int]:
     """Ids say more than bytes when a list of frames is not what it should be."""
     return [decode_frame(frame).id for frame in frames]
@@ -322,7 +330,7 @@ def test_with_a_witness_every_damage_is_reported_and_everything_else_served(
 
 @pytest.mark.promise("damage-is-told")
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("build", [aligned, packed])
+@pytest.mark.parametrize("build", [aligned, packed, unsynced])
 def test_the_seal_of_a_finished_file_is_witness_enough(
     build: Callable[[random.Random, int], Journal], seed: int
 ) -> None:
