@@ -156,7 +156,7 @@ async def reading(folder: Path) -> AsyncGenerator[tuple[Work, Work]]:
         frames = [encode_frame(Event(1, 0, 0, "s", 0, b"x" * 600), frame_seed(1))] * EVENTS
 
         async def work() -> None:
-            assert len(reader.read("s", int(ids[0]), EVENTS, [])) == EVENTS
+            assert len(reader.read("s", int(ids[0]), EVENTS, []).events) == EVENTS
 
         async def bare() -> None:
             check_and_decode(frames)

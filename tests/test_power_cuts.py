@@ -28,7 +28,10 @@ from logstore.ops.transfer.selection import Selection
 from logstore.ops.verify.repair import repair
 from logstore.ops.verify.store import verify
 from logstore.storage import Log, LogOptions, Retention
+from logstore.storage.checkpoint import Journal
 from logstore.storage.files import Disk
+from logstore.storage.header import frame_seed
+from logstore.storage.record import encode_frame
 from tests.engine import deadline, eventually, in_segments, payloads, small
 from tests.ops import backed_up, damaged
 from tests.ops.stores import Writer, opened, read_ids
@@ -128,21 +131,25 @@ async def test_a_journal_that_ends_unsynced_is_on_disk_before_the_next_one_says_
     assert no_errors(caplog)
 
 
-async def test_a_journal_that_the_index_has_forgotten_does_not_come_back(path: Path) -> None:
+def test_a_journal_that_the_index_has_forgotten_does_not_come_back(path: Path) -> None:
     disk = disk_of(path)
-    async with deadline(), Log(path, small(), disk) as log:
-        await log.append("s", b"1")
-        await in_segments(log)
-        (folder,) = (path.parent / "events-log" / "lanes").iterdir()
-        removed = [Path(made).name for call, made in disk.made if call == "unlink" and made.suffix == ".journal"]
-        assert removed
-        # Each checkpoint forgets what the one before has removed.
-        await log.append("s", b"2")
-        await in_segments(log)
+    with opened(path, disk) as store:
+        writer, lane = Writer(store), store.lane
+        events = writer.events("s", 3)
+        lane.write([encode_frame(event, frame_seed(store.store_id)) for event in events], events[-1].id)
+        assert lane.journal is not None
+        first = lane.journal.path
+        lane.rotate()
+        # The next one is begun already, so that its folder is not synced for its sake.
+        lane.write([], events[-1].id)
+        with store.checkpoint_lock():
+            journal = Journal(lane.folder, lane.number, int(first.stem))
+            store.segments.write(writer.unsegmented([events]), [journal], 0)
+        writer.write(("s",), 1)
         cut = disk.cut()
     for seed in range(MORE_LOOKS):
         left = cut.leave(random.Random(seed), path.parent.with_name("left"))
-        assert not (left.parent / folder.relative_to(path.parent) / removed[0]).exists()
+        assert not (left.parent / first.relative_to(path.parent)).exists()
         shutil.rmtree(left.parent)
 
 

@@ -273,7 +273,7 @@ class DamageCampaign:
 def _read(reader: Reader, stream: str) -> Iterator[tuple[int, int, bytes]]:
     after = 0
     with contextlib.suppress(GapError, DamageError):
-        while events := contiguous(stream, after, reader.read(stream, after, 1000, ())):
+        while events := contiguous(stream, after, reader.read(stream, after, 1000, ()).events):
             for event in events:
                 if event.stream != stream:
                     raise BrokenPromiseError(f"an event of {event.stream!r} was served for {stream!r}")

@@ -59,6 +59,10 @@ class EventLog(Protocol):
         """Return events of a stream in order; none when nothing is after."""
         ...
 
+    async def resume(self, after: str, limit: int = 1000) -> tuple[str, list[Event]] | None:
+        """Return the stream of an event and what comes after it; None when the id is unknown or none of ours."""
+        ...
+
     def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
         """Yield events of a stream in order, and go on with those to come, until the log is closed."""
         ...
@@ -194,9 +198,19 @@ class LogEventStore(EventStore):
             await self._refuse_unscoped(send_callback)
             return None
         log = await self.log()
-        stream = await log.stream_of(str(last_event_id))
-        if stream is not None:
-            await replay(log, stream, str(last_event_id), send_callback)
+        found = await log.resume(str(last_event_id), FIRST_PAGE_EVENTS)
+        if found is None:
+            return None
+        stream, events = found
+        while events:
+            for event in events:
+                if not event.flags & FLAG_PRIMING:
+                    message: Any = decode(event)
+                    # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
+                    await send_callback(EventMessage(message, str(event.id)))
+                if event.flags & FLAG_FINAL:
+                    return stream
+            events = await log.read(stream, events[-1].event_id, next_page_events(events))
         return stream
 
     async def _refuse_unscoped(self, send_callback: EventCallback) -> None:
@@ -242,25 +256,6 @@ def encode_for_transport(stream_id: str, message: Message | None) -> tuple[bytes
     if stream_id.endswith(STANDALONE_STREAM) and split_transport_prefix(stream_id)[1] == STANDALONE_STREAM:
         return payload, flags
     return payload, flags | FLAG_REQUEST
-
-
-async def replay(log: EventLog, stream: str, after: str, send_callback: EventCallback) -> None:
-    """Send the events of a stream after one, in order, up to the response that ends it or to the newest.
-
-    Raises:
-        GapError: Events after that one are gone.
-        DamageError: Events after that one cannot be read.
-    """
-    limit = FIRST_PAGE_EVENTS
-    while events := await log.read(stream, after, limit):
-        for event in events:
-            if not event.flags & FLAG_PRIMING:
-                message: Any = decode(event)
-                # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
-                await send_callback(EventMessage(message, str(event.id)))
-            if event.flags & FLAG_FINAL:
-                return
-        after, limit = events[-1].event_id, next_page_events(events)
 
 
 async def refuse(send_callback: EventCallback, reason: str) -> None:

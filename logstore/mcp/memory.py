@@ -140,6 +140,15 @@ class MemoryLog:
         found = self._streams.get(stream)
         return [] if found is None else _after(found, after, limit)
 
+    async def resume(self, after: str, limit: int = _PAGE_EVENTS) -> tuple[str, list[Event]] | None:
+        """Return the stream of an event and what comes after it; None when the id was never given out.
+
+        Raises:
+            GapError: The event, or events after it, were dropped.
+        """
+        stream = await self.stream_of(after)
+        return None if stream is None else (stream, await self.read(stream, after, limit))
+
     async def unanswered(self, prefix: str) -> list[str]:
         """Return nothing: the process that would have answered has the log in its memory, and is alive."""
         return []

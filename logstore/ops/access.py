@@ -188,7 +188,7 @@ class StoreView:
             GapError: The next event existed and is gone.
             DamageError: The catalogue cannot be read.
         """
-        return contiguous(stream, after, self.reader.read(stream, after, limit, ()))
+        return contiguous(stream, after, self.reader.read(stream, after, limit, ()).events)
 
     def events(self, stream: str, after: int = 0) -> Iterator[Event]:
         """Yield all events of a stream after an id, page by page.

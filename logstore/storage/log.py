@@ -12,7 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,12 +30,28 @@ from logstore.storage.lane import is_held, lane_folders
 from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
-from logstore.storage.reader import Reader, contiguous
+from logstore.storage.reader import Page, Reader, contiguous
 from logstore.storage.record import FIRST_PAGE_EVENTS, FLAG_FINAL, Event, decode_frame, decode_stamp, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
 _T = TypeVar("_T")
+
+_MOST_ENDS: Final = 1_000
+
+
+class _End(NamedTuple):
+    """Where a stream ends, as long as the own tail has nothing after it and the other figures are the same.
+
+    Attributes:
+        last_id: Nothing came after this event.
+        others: What other lanes had written, see `Foreign.moves`.
+        evictions: The own tail's; what came since may have left it again.
+    """
+
+    last_id: int
+    others: int
+    evictions: int
 
 
 class Log:
@@ -63,6 +79,7 @@ class Log:
         self._disowned = False
         self._hits = 0
         self._misses = 0
+        self._ends: dict[str, _End] = {}
         self._read_latencies = Latencies()
         self.sessions = Sessions(self._session_parts)
 
@@ -239,27 +256,68 @@ class Log:
             DamageError: The catalogue, or a journal of another process, cannot be read.
         """
         parts = await self._ready()
-        started_s = time.monotonic()
         start = 0 if after is None else parse_event_id(after)
         if start is None:
             raise UnknownEventError(f"{str(after)[:40]!r} is not an event id")
+        started_s = time.monotonic()
         owner = self._tail.streams.get(stream)
-        own: list[bytes] = []
-        lost = 0
-        if owner is not None:
-            own, lost = owner.after(start, limit), owner.lost
-        if start and owner is not None and owner.covers(start) and parts.foreign.moves() == owner.others:
+        own, lost = ([], 0) if owner is None else (owner.after(start, limit), owner.lost)
+        end = self._end(parts, start)
+        if start and owner is not None and owner.covers(start) and end.others == owner.others:
             self._hits += 1
             events = [decode_frame(frame) for frame in own]
+        elif start and not own and self._ends.get(stream) == end:
+            self._hits += 1
+            events = []
         else:
             self._misses += 1
-            events = await parts.read(parts.reader.read, stream, start, limit, own)
+            page = await parts.read(parts.reader.read, stream, start, limit, own)
+            self._note_end(stream, end, page)
+            events = page.events
         self._read_latencies.record(time.monotonic() - started_s)
         if lost > start:
             events = [event for event in events if event.id <= lost]
             if not events:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
         return contiguous(stream, start, events)
+
+    async def resume(self, after: str, limit: int = 1000) -> tuple[str, list[Event]] | None:
+        """Return the stream of an event, and the first events after it: `stream_of` and `read` in one look at the disk.
+
+        None for an id that the store does not have or never wrote.
+
+        Raises:
+            GapError, DamageError: As `read`.
+        """
+        parts = await self._ready()
+        number = parse_event_id(after)
+        if number is None:
+            return None
+        stream = self._tail.stream_of(number)
+        if stream is None:
+            started_s = time.monotonic()
+            end = self._end(parts, number)
+            found = await parts.read(parts.reader.resume, number, limit, self._tail.streams.__contains__)
+            if found is None:
+                return None
+            stream, page = found
+            if page is not None:
+                self._misses += 1
+                self._note_end(stream, end, page)
+                self._read_latencies.record(time.monotonic() - started_s)
+                return stream, contiguous(stream, number, page.events)
+        return stream, await self.read(stream, after, limit)
+
+    def _end(self, parts: _Parts, last_id: int) -> _End:
+        """Return what `_note_end` notes when nothing is found after an event; to be asked for before the disk is."""
+        return _End(last_id, parts.foreign.moves(), self._tail.evictions)
+
+    def _note_end(self, stream: str, before: _End, page: Page) -> None:
+        """Remember where a stream ended: whoever has read all of it asks once more, and need not wait for the disk."""
+        if page.is_last:
+            if len(self._ends) >= _MOST_ENDS:
+                self._ends.clear()
+            self._ends[stream] = before._replace(last_id=page.events[-1].id) if page.events else before
 
     async def unanswered(self, prefix: str) -> list[str]:
         """Return the streams of requests that have no answer yet, whose names begin with a prefix.

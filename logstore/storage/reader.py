@@ -39,6 +39,13 @@ _EXTENTS: Final = 64
 _T = TypeVar("_T")
 
 
+class Page(NamedTuple):
+    """Some events of a stream, in order, and whether there was nothing behind them."""
+
+    events: list[Event]
+    is_last: bool
+
+
 class _Hole(NamedTuple):
     """A place that should hold events and does not."""
 
@@ -97,7 +104,27 @@ class Reader:
         self._foreign.read_on()
         return self._foreign.stream_of(event_id) or self._asked(self._catalogue.stream_of, event_id)
 
-    def read(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> list[Event]:
+    def resume(self, after: int, limit: int, is_own: Callable[[str], bool]) -> tuple[str, Page | None] | None:
+        """Return the stream of an event that is not in the own tail, and what comes after it.
+
+        Args:
+            after: The event's id.
+            limit: Most events to return.
+            is_own: Whether the own tail has events of a stream: then they are not read.
+
+        Returns:
+            None for an id that the store does not have.
+
+        Raises:
+            GapError, DamageError: As `read`.
+        """
+        stream = self.stream_of(after)
+        if stream is None:
+            return None
+        # Asked before anything is read: what the tail lets go of is in segments.
+        return stream, None if is_own(stream) else self.read(stream, after, limit, ())
+
+    def read(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> Page:
         """Return a stream's first events above an id, in order.
 
         Args:
@@ -127,7 +154,8 @@ class Reader:
                 merged = [event for event in merged if event.id <= hole.after]
                 if not merged:
                     raise GapError(stream, str(after), hole.reason)
-        return merged[:limit]
+        is_last = found.hole is None and below == MAX_ID and len(merged) < limit
+        return Page(merged[:limit], is_last)
 
     def _in_segments(self, stream: str, after: int, limit: int) -> _Found | None:
         """Return the first events above an id that the catalogue knows, up to the first that cannot be read.

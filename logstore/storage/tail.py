@@ -106,6 +106,13 @@ class Tail:
     Args:
         cache_bytes: Budget for what is in segments too; what is not is bounded by the caller.
         cached_events: Newest events of a stream to keep once they are in segments; the very newest always stays.
+
+    Attributes:
+        streams: By name, those of which something is in memory, or on its way there.
+        generations: Of the journals that are not in segments yet, oldest first.
+        evictions: How often all that is in segments of a stream was dropped, also its newest events.
+        bytes: Memory that all of it takes.
+        unsegmented_bytes: Memory that events take which are not in segments yet.
     """
 
     def __init__(self, cache_bytes: int, cached_events: int) -> None:
@@ -116,6 +123,7 @@ class Tail:
         self._untidy: deque[tuple[StreamTail, int]] = deque()
         # In the order of their last checkpoint; a plain dict takes ever longer to find its first entry.
         self._cached: OrderedDict[StreamTail, None] = OrderedDict()
+        self.evictions = 0
         self.bytes = 0
         self.unsegmented_bytes = 0
 
@@ -245,6 +253,7 @@ class Tail:
         # An event on its way to the disk needs its stream's place here, and its successor finds it as `prev`.
         idle = owner.ids[-1] == owner.last and not owner.lost
         self._drop(owner, owner.in_segments)
+        self.evictions += 1
         if idle and not owner.ids:
             del self.streams[owner.name]
             self.bytes -= _STREAM_OVERHEAD

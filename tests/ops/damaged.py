@@ -74,7 +74,9 @@ def _over_gaps(view: StoreView, stream: str) -> list[tuple[int, bytes]]:
         if not found or event_id > max(found):
             with contextlib.suppress(GapError):
                 # Not `read` of the view, which asks for an unbroken chain of predecessors.
-                found.update((event.id, event.payload) for event in view.reader.read(stream, event_id - 1, 1_000, ()))
+                found.update(
+                    (event.id, event.payload) for event in view.reader.read(stream, event_id - 1, 1_000, ()).events
+                )
     return sorted(found.items())
 
 

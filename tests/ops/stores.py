@@ -59,13 +59,14 @@ class Writer:
     def checkpoint(self, *runs: Sequence[Event]) -> None:
         """Write runs of events to segments, one checkpoint."""
         with self.store.checkpoint_lock():
-            self.store.segments.write(self._unsegmented(runs), [], time.time_ns() // 1000)
+            self.store.segments.write(self.unsegmented(runs), [], time.time_ns() // 1000)
 
     def write(self, streams: Iterable[str], count: int, **how: float) -> None:
         """Write as many events to each stream, one checkpoint."""
         self.checkpoint(*(self.events(stream, count, **how) for stream in streams))  # type: ignore[arg-type]
 
-    def _unsegmented(self, runs: Iterable[Sequence[Event]]) -> Unsegmented:
+    def unsegmented(self, runs: Iterable[Sequence[Event]]) -> Unsegmented:
+        """Return runs of events as a checkpoint takes them."""
         events = list(chain.from_iterable(runs))
         return Unsegmented(
             [each.id for each in events],

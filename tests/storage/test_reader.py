@@ -99,7 +99,7 @@ class Shelf:
 
     def read(self, stream: str, after: int = 0, limit: int = 1000, own: Sequence[Event] = ()) -> list[tuple[str, int]]:
         frames = [encode_frame(each, SEED) for each in own]
-        return [(each.stream, each.id) for each in self._reader.read(stream, after, limit, frames)]
+        return [(each.stream, each.id) for each in self._reader.read(stream, after, limit, frames).events]
 
     def close(self) -> None:
         self.segments.close()

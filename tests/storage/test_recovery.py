@@ -81,7 +81,7 @@ class DeadLane:
         foreign = Foreign(Disk(), self.root, self.lane.number)
         try:
             reader = Reader(Disk(), self.root, self.catalogue, foreign, SEED, Retention())
-            return [event.id for event in reader.read("s", 0, 10_000, [])]
+            return [event.id for event in reader.read("s", 0, 10_000, []).events]
         finally:
             foreign.close()
 

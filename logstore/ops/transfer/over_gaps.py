@@ -70,7 +70,7 @@ class GapReader:
         told = 0
         while True:
             try:
-                page = self._reader.read(stream, after, limit, ())
+                page = self._reader.read(stream, after, limit, ()).events
                 end = page[-1].id if page else None
             except GapError as gap:
                 page, end = self._behind(stream, after, str(gap))
