@@ -5,6 +5,7 @@ The power campaign draws where it cuts; here nothing is left out.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -31,6 +32,8 @@ from logstore.storage import Log, LogOptions, Retention
 from logstore.storage.checkpoint import Journal
 from logstore.storage.files import Disk
 from logstore.storage.header import frame_seed
+from logstore.storage.lane import Reservation, lane_folders, read_reservation
+from logstore.storage.opening import log_folder
 from logstore.storage.record import encode_frame
 from tests.engine import deadline, eventually, in_segments, payloads, small
 from tests.ops import backed_up, damaged
@@ -329,20 +332,36 @@ def test_old_backups_go_before_what_they_name(path: Path) -> None:
         assert FolderTarget(left / "pool").manifests()
 
 
+async def back_up_while_open(path: Path, pool: Path) -> backed_up.Contents:
+    """Back a store up as another process does, which has a lane of its own; return what it holds."""
+    async with Log(path, backed_up.IN_JOURNALS) as log:
+        await backed_up.append(log, 3, first=100)
+        await asyncio.to_thread(back_up, path, pool, Disk())
+        return await backed_up.read(log)
+
+
 def test_a_restore_leaves_one_of_the_two_stores(path: Path) -> None:
     pool = path.parent / "pool"
     backed_up.write(path, 20)
-    back_up(path, pool, Disk())
-    restored = backed_up.contents(path)
-    backed_up.write(path, 20, first=100)
+    restored = asyncio.run(back_up_while_open(path, pool))
+    backed_up.write(path, 20, first=200)
     old = backed_up.contents(path)
     disk = disk_of(path)
     with cutting(disk) as cuts:
         restore(pool, path, disk=disk)
+    reserved = reservations(path)
+    assert len(reserved) == 2
+    for left in cuts.states_at_the_end():
+        assert reservations(left / path.name) == reserved
+        assert backed_up.contents(left / path.name) == restored
     for left in cuts.states():
         assert backed_up.contents(left / path.name) in (old, restored)
-    for left in cuts.states_at_the_end():
-        assert backed_up.contents(left / path.name) == restored
+
+
+def reservations(path: Path) -> dict[int, Reservation]:
+    """Return what each lane may have given out: lost, it would give that out again when the clock steps back."""
+    disk = Disk()
+    return {lane: read_reservation(disk, folder) for lane, folder in lane_folders(disk, log_folder(path))}
 
 
 # Repair.
