@@ -35,6 +35,7 @@ from logstore.storage.header import frame_seed
 from logstore.storage.lane import Reservation, lane_folders, read_reservation
 from logstore.storage.opening import log_folder
 from logstore.storage.record import encode_frame
+from logstore.storage.replacement import is_replacing
 from tests.engine import deadline, eventually, in_segments, payloads, small
 from tests.ops import backed_up, damaged
 from tests.ops.stores import Writer, opened, read_ids
@@ -269,12 +270,19 @@ def test_a_damaged_index_is_away_for_good_before_the_new_one_comes(path: Path) -
 # Compaction.
 
 
-def test_what_retention_has_dropped_does_not_come_back_and_the_rest_stays(path: Path) -> None:
+def half_dropped(path: Path) -> Writer:
+    """Make a store whose stream "old" is dropped, and still in a file with another one."""
     with opened(path) as store:
         writer = Writer(store)
         writer.checkpoint(writer.events("old", 1, age_h=72), writer.events("a", 20, age_h=48))
         writer.write(("a",), 5)
         compact(store, Retention(max_age_s=60 * 3600))
+    assert read_ids(path, "old") == []
+    return writer
+
+
+def test_what_retention_has_dropped_does_not_come_back_and_the_rest_stays(path: Path) -> None:
+    writer = half_dropped(path)
     # Long ago: that anything of it was dropped is forgotten with the last file that holds some of it.
     damaged.execute(path, "update streams set dropped_at = datetime('now', '-2 days') where name = 'old'")
     disk = disk_of(path)
@@ -352,10 +360,24 @@ def test_a_restore_leaves_one_of_the_two_stores(path: Path) -> None:
     reserved = reservations(path)
     assert len(reserved) == 2
     for left in cuts.states_at_the_end():
+        # Or `verify` would say that a restore is under way.
+        assert not is_replacing(log_folder(left / path.name))
         assert reservations(left / path.name) == reserved
         assert backed_up.contents(left / path.name) == restored
     for left in cuts.states():
         assert backed_up.contents(left / path.name) in (old, restored)
+
+
+def test_what_retention_had_dropped_stays_so_in_a_restored_store(path: Path) -> None:
+    pool = path.parent / "pool"
+    a = half_dropped(path).ids["a"]
+    back_up(path, pool, Disk())
+    disk = disk_of(path)
+    with cutting(disk) as cuts:
+        restore(pool, path, disk=disk)
+    for left in cuts.states():
+        with opened(left / path.name):
+            assert (read_ids(left / path.name, "old"), read_ids(left / path.name, "a")) == ([], a)
 
 
 def reservations(path: Path) -> dict[int, Reservation]:

@@ -148,6 +148,19 @@ class Tail:
 
     def show(self, generation: Generation, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         """Make events of a journal visible."""
+        if len(ids) == 1:
+            # Most calls in `interval` and `os` mode: a twelfth of an append is saved.
+            frame, owner = frames[0], owners[0]
+            owner.ids.append(ids[0])
+            owner.frames.append(frame)
+            generation.ids.append(ids[0])
+            generation.frames.append(frame)
+            generation.owners.append(owner)
+            size = len(frame) + _EVENT_OVERHEAD
+            generation.bytes += size
+            self.bytes += size
+            self.unsegmented_bytes += size
+            return
         for event_id, frame, owner in zip(ids, frames, owners, strict=True):
             owner.ids.append(event_id)
             owner.frames.append(frame)
