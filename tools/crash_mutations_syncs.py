@@ -170,13 +170,6 @@ SYNCS: Final = [
         (tests("storage/test_recovery", "test_log"), CUTS, POWER),
     ),
     Mutation(
-        "sync: of a registry that was cut off",
-        "storage/registry.py",
-        "        self._disk.shorten(self._fd, self._end)\n        self._disk.sync(self._fd)\n",
-        "        self._disk.shorten(self._fd, self._end)\n",
-        (tests("storage/test_registry"), CUTS, POWER),
-    ),
-    Mutation(
         "sync: of the folder of an index that was made again",
         "storage/indexing.py",
         "        raise\n    disk.sync_folder(path.parent)\n",

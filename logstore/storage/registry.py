@@ -247,7 +247,8 @@ class Registry:
     def _cut_torn(self) -> None:
         """End the file behind its last whole entry; what a torn append left there was never acknowledged.
 
-        Left in place it would look like damage, also behind a shorter entry that is written over it.
+        Left in place it would look like damage, also behind a shorter entry that is written over it. It need not be on
+        disk before the next entry is, with which it is synced: if it comes back, it is cut off again.
         """
         size = self._disk.size(self._fd)
         if size <= self._end:
@@ -256,7 +257,6 @@ class Registry:
         self._disk.make_folder(kept.parent)
         self._disk.publish(kept, self._disk.read(self._fd, size - self._end, self._end))
         self._disk.shorten(self._fd, self._end)
-        self._disk.sync(self._fd)
         logger.warning("%s ends in a torn write of %d bytes, kept in %s", self._path, size - self._end, kept)
 
     def _rewrite(self) -> None:
