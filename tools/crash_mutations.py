@@ -30,6 +30,13 @@ _ORDERS: Final = [
         (tests("storage/test_lane", "test_acknowledgement"), POWER),
     ),
     Mutation(
+        "order: the index waits for the sync of the segments that it names",
+        "storage/checkpoint.py",
+        "            synced.result()\n",
+        "",
+        (tests("test_disk_failure", "storage/test_recovery"), POWER),
+    ),
+    Mutation(
         "order: journals go after the commit that has their events",
         "storage/checkpoint.py",
         "        self._done += journals\n        try:",

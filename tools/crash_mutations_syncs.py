@@ -52,8 +52,8 @@ SYNCS: Final = [
     Mutation(
         "sync: of the folder of segments",
         "storage/checkpoint.py",
-        '            self._disk.sync_folder(self._root / "segments")\n        finished',
-        "            pass\n        finished",
+        '            self._disk.sync_folder(self._root / "segments")\n',
+        "            pass\n",
         (POWER,),
     ),
     Mutation(
