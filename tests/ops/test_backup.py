@@ -24,8 +24,9 @@ from logstore.ops.backup.manifest import Manifest, encode_manifest, manifest_key
 from logstore.ops.backup.pool import FolderTarget, default_backups
 from logstore.ops.backup.restore import restore
 from logstore.ops.backup.rotation import check_backup, delete_old, list_backups
-from logstore.storage import Log
-from logstore.storage.files import Disk
+from logstore.ops.compaction.compact import compact_at
+from logstore.storage import Log, LogOptions, Retention
+from logstore.storage.files import Disk, Lock
 from logstore.storage.header import frame_seed
 from logstore.storage.opening import OpenStore
 from logstore.storage.record import Event, encode_frame
@@ -197,6 +198,32 @@ def test_locks_are_not_held_while_bytes_are_copied(path: Path, pool: Path) -> No
         create_backup(store, FolderTarget(pool), progress=look)
     assert held == []
     Disk().lock(path.parent / "events-log" / "removal.lock").release()  # type: ignore[union-attr]
+
+
+class CompactingDisk(Disk):
+    """A disk on which another process compacts the store just before a backup holds its segments."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.removed = 0
+
+    def lock(self, path: Path, *, shared: bool = False, wait: bool = False, create: bool = True) -> Lock | None:
+        if path.name == "removal.lock" and shared and not self.removed:
+            self.removed = compact_at(self._path, Retention(max_age_s=0.0)).removed_segments
+        return super().lock(path, shared=shared, wait=wait, create=create)
+
+
+@pytest.mark.promise("backup-verifies")
+def test_what_a_backup_names_is_held_before_it_is_chosen(path: Path, pool: Path) -> None:
+    write(path, 50)
+    disk = CompactingDisk(path)
+    store = OpenStore(disk, path, LogOptions().segment_bytes)
+    try:
+        result = create_backup(store, FolderTarget(pool))
+    finally:
+        store.close(empty=True)
+    assert disk.removed
+    assert (result.events, result.damaged) == (0, ())
 
 
 def test_nothing_stays_open(path: Path, pool: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -23,7 +24,7 @@ from logstore.ops.verify.store import verify
 from logstore.storage import Event, Log
 from logstore.storage.header import HEADER_BYTES, frame_seed
 from logstore.storage.options import Retention
-from logstore.storage.record import encode_frame, frame_at
+from logstore.storage.record import decode_frame, encode_frame, frame_at
 from tests.engine import deadline, small
 from tests.ops.damaged import GROWN, TINY, DeadLane, ask, change, copied, execute, log_of, make, segments, snapshot
 from tests.storage.disks import Fault, FaultyDisk
@@ -154,6 +155,20 @@ def test_an_event_that_the_index_forgot_is_told_unless_a_journal_has_it(store: P
     (finding,) = found(store)
     assert finding.kind == "index"
     assert finding.streams == ("last",)
+
+
+def test_another_payload_whose_checksum_fits_is_told_by_the_digest_of_the_file(store: Path) -> None:
+    file, offset, length = ask(store, "select file, offset, e.length from events e join segments using (segment_id)")[0]
+    path = log_of(store) / file
+    whole = path.read_bytes()
+    seed = frame_seed(int.from_bytes(whole[16:24], "little"))
+    event = decode_frame(whole[offset : offset + length])
+    forged = encode_frame(msgspec.structs.replace(event, payload=event.payload[::-1]), seed)
+    assert (len(forged), forged != whole[offset : offset + length]) == (length, True)
+    change(path, offset, forged)
+    (finding,) = found(store)
+    assert (finding.kind, finding.file) == ("damage", str(path))
+    assert "SHA-256" in finding.reason
 
 
 def test_another_event_under_the_same_id_is_told(store: Path) -> None:
