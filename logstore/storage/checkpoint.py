@@ -169,20 +169,24 @@ class SegmentStore:
         self._done: list[Journal] = []
         self._unlinked: list[tuple[int, int]] = []
 
-    def write(self, events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
+    def write(
+        self, events: Unsegmented, journals: Sequence[Journal], now_us: int, *, beside_appends: bool = False
+    ) -> None:
         """Store events durably, index them, and remove the journals that they came from.
 
         Args:
             events: What to store.
             journals: Files that hold these events and no others.
             now_us: The time.
+            beside_appends: Let go of the interpreter now and then: appends of this process wait for it.
 
         Raises:
             OSError: The disk refused; nothing is indexed and the journals are still there.
             sqlite3.Error: The catalogue refused; likewise.
         """
         try:
-            self._store(self._not_indexed(events) if self._in_doubt else events, journals, now_us)
+            left = self._not_indexed(events) if self._in_doubt else events
+            self._store(_runs(left, pause=beside_appends), left, journals, now_us)
         except BaseException:
             # What the open segments hold past their indexed length is not known: they end here.
             self.abandon()
@@ -228,8 +232,8 @@ class SegmentStore:
                 self._disk.unlink(writer.path)
         self._begun.clear()
 
-    def _store(self, events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
-        by_size = sorted(_runs(events), key=lambda run: -sum(map(len, run.frames)))
+    def _store(self, runs: Sequence[_Run], events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
+        by_size = sorted(runs, key=lambda run: -sum(map(len, run.frames)))
         placed: list[_Placed] = []
         touched: list[_Segment] = []
         before = len(self._open)
@@ -394,7 +398,7 @@ def _rows(
         yield event_id, stream_ids[stream], segments[stream], offset, len(frame)
 
 
-def _runs(events: Unsegmented) -> list[_Run]:
+def _runs(events: Unsegmented, *, pause: bool) -> list[_Run]:
     """Group events by stream."""
     runs: dict[str, _Run] = {}
     for start in range(0, len(events.ids), _SLICE_EVENTS):
@@ -405,6 +409,7 @@ def _runs(events: Unsegmented) -> list[_Run]:
                 run = runs[stream] = _Run(stream, [], [])
             run.ids.append(event_id)
             run.frames.append(frame)
-        # Let go of the interpreter: a commit that is done needs it, and would wait for 5 ms.
-        time.sleep(_PAUSE_S)
+        if pause:
+            # A commit that is done needs the interpreter, and would wait for 5 ms.
+            time.sleep(_PAUSE_S)
     return list(runs.values())

@@ -386,7 +386,8 @@ class OpenStore:
         journals = [Journal(lane.folder, lane.number, generation.ordinal) for generation in generations]
         with self.checkpoint_lock():
             self._keep_catalogue()
-            self.segments.write(tail.unsegmented(generations), journals, time.time_ns() // 1000)
+            events = tail.unsegmented(generations)
+            self.segments.write(events, journals, time.time_ns() // 1000, beside_appends=True)
             self.copy_sessions()
 
     def copy_sessions(self) -> None:
