@@ -47,6 +47,10 @@ class EventLog(Protocol):
         """Append one event and return its id."""
         ...
 
+    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, asyncio.Future[None] | None] | None:
+        """Take an event; return its id and what to await. None when `append` is to be used."""
+        ...
+
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events in one commit; all or none."""
         ...
@@ -160,12 +164,18 @@ class LogEventStore(EventStore):
         try:
             _check_is_text(stream_id)
             payload, flags = encode(stream_id, message)
-            return await log.append(stream_id, payload, flags)
+            added = log.add(stream_id, payload, flags)
+            if added is None:
+                return await log.append(stream_id, payload, flags)
         except (InvalidMessageError, InvalidStreamError):
             if not called_by_transport():
                 raise
             # An exception would end the transport's router, and every later call of the session would hang.
             return await log.append(name_in_log("", stream_id), *encode_for_transport(stream_id, message))
+        event_id, stored = added
+        if stored is not None:
+            await stored
+        return str(event_id)
 
     async def store_events(self, events: Sequence[tuple[str, Message | None]]) -> list[str]:
         """Store messages in one commit, all or none, and return their ids in the order given.

@@ -106,7 +106,13 @@ class MemoryLog:
 
     async def append(self, stream: str, payload: bytes, flags: int = 0) -> str:
         """Append one event and return its id."""
-        return (await self.append_many([(stream, payload, flags)]))[0]
+        return str(self.add(stream, payload, flags)[0])
+
+    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, None]:
+        """Append one event; return its id, and that nothing is to be awaited."""
+        self._check_open()
+        _check(stream, payload)
+        return self._append(stream, payload, flags).id, None
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events and return their ids; all or none."""

@@ -213,6 +213,21 @@ class Log:
             await committed
         return str(event_id)
 
+    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, asyncio.Future[None] | None] | None:
+        """Take an event without waiting; return its id and what is to be awaited, None where nothing is.
+
+        The event is stored, as durably as `append` says, when that is done. For who appends for others: a coroutine
+        less, a fifteenth of an append.
+
+        Returns:
+            None when there is something to wait for first, as before the first call: then `append` is to be used.
+
+        Raises:
+            InvalidStreamError, InvalidMessageError, WriteFailedError: As `append`.
+        """
+        parts = self._parts
+        return None if parts is None or not parts.commit.is_ready() else parts.commit.add(stream, payload, flags)
+
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events `(stream, payload, flags)` in one commit and return their ids in the order given.
 
