@@ -118,6 +118,7 @@ async def written(path: Path) -> list[bytes]:
         return await payloads(log, "s")
 
 
+@pytest.mark.promise("power-cut-no-hole")
 async def test_a_journal_that_ends_unsynced_is_on_disk_before_the_next_one_says_where(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +136,7 @@ async def test_a_journal_that_ends_unsynced_is_on_disk_before_the_next_one_says_
     assert no_errors(caplog)
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 def test_a_journal_that_the_index_has_forgotten_does_not_come_back(path: Path) -> None:
     disk = disk_of(path)
     with opened(path, disk) as store:
@@ -169,6 +171,7 @@ class FailingOnce(PowerDisk):
         super().sync(fd)
 
 
+@pytest.mark.promise("durable-stays", "catches-up")
 async def test_what_is_written_again_after_a_failure_is_on_disk_when_it_is_said_to_be(path: Path) -> None:
     disk = FailingOnce(path.parent, path)
     async with deadline(), Log(path, LogOptions(checkpoint_interval_s=3600), disk) as log:
@@ -184,6 +187,7 @@ async def test_what_is_written_again_after_a_failure_is_on_disk_when_it_is_said_
         assert await written(left / path.name) == [b"1", b"2"]
 
 
+@pytest.mark.promise("always-on-disk", "crash-opens")
 async def test_what_a_killed_process_did_not_sync_the_next_one_does(path: Path) -> None:
     disk = disk_of(path)
     heirs: list[PowerDisk] = []
@@ -213,6 +217,7 @@ async def test_what_a_killed_process_did_not_sync_the_next_one_does(path: Path) 
 # Sessions.
 
 
+@pytest.mark.promise("torn-is-no-damage")
 async def test_a_torn_entry_of_the_registry_goes_for_good_before_another_is_written(path: Path) -> None:
     async with Log(path) as log:
         await log.sessions.open("first", b"")
@@ -234,6 +239,7 @@ async def test_a_torn_entry_of_the_registry_goes_for_good_before_another_is_writ
 # The index.
 
 
+@pytest.mark.promise("reindex-whole")
 @pytest.mark.parametrize("how", ["reindex", "gone", "damaged"])
 def test_an_index_is_made_again_whole(path: Path, how: str) -> None:
     damaged.make(path, grown=2)
@@ -281,6 +287,7 @@ def half_dropped(path: Path) -> Writer:
     return writer
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 def test_what_retention_has_dropped_does_not_come_back_and_the_rest_stays(path: Path) -> None:
     writer = half_dropped(path)
     # Long ago: that anything of it was dropped is forgotten with the last file that holds some of it.
@@ -313,6 +320,7 @@ def are_whole(pool: Path) -> bool:
     return not [problem for key in target.manifests() for problem in check_backup(target, key)]
 
 
+@pytest.mark.promise("backup-whole-or-absent")
 def test_a_backup_is_whole_or_not_there(path: Path) -> None:
     pool = path.parent / "pool"
     backed_up.write(path, 20)
@@ -327,6 +335,7 @@ def test_a_backup_is_whole_or_not_there(path: Path) -> None:
         assert len(FolderTarget(left / "pool").manifests()) == 2
 
 
+@pytest.mark.promise("backup-whole-or-absent")
 def test_old_backups_go_before_what_they_name(path: Path) -> None:
     pool = path.parent / "pool"
     for first in (0, 100, 200):
@@ -348,6 +357,7 @@ async def back_up_while_open(path: Path, pool: Path) -> backed_up.Contents:
         return await backed_up.read(log)
 
 
+@pytest.mark.promise("restore-old-or-new", "ids-never-twice")
 def test_a_restore_leaves_one_of_the_two_stores(path: Path) -> None:
     pool = path.parent / "pool"
     backed_up.write(path, 20)
@@ -368,6 +378,7 @@ def test_a_restore_leaves_one_of_the_two_stores(path: Path) -> None:
         assert backed_up.contents(left / path.name) in (old, restored)
 
 
+@pytest.mark.promise("dropped-stays-dropped")
 def test_what_retention_had_dropped_stays_so_in_a_restored_store(path: Path) -> None:
     pool = path.parent / "pool"
     a = half_dropped(path).ids["a"]
@@ -401,6 +412,7 @@ def damage_a_segment(path: Path) -> set[int]:
     return {event_id}
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_a_repaired_segment_has_what_was_whole_and_stays_repaired(path: Path) -> None:
     damaged.make(path, grown=1)
     whole = damaged.read(path)
@@ -432,6 +444,7 @@ def test_a_lane_stays_repaired(path: Path) -> None:
         assert verify(left / path.name).ok
 
 
+@pytest.mark.promise("repair-loses-nothing")
 def test_a_damaged_object_of_a_backup_stays_set_aside(path: Path) -> None:
     pool = path.parent / "events-backups"
     damaged.make(path, grown=1)
@@ -451,6 +464,7 @@ def test_a_damaged_object_of_a_backup_stays_set_aside(path: Path) -> None:
 # Exports.
 
 
+@pytest.mark.promise("export-whole-or-absent")
 def test_an_export_is_whole_or_not_there(path: Path) -> None:
     damaged.make(path, grown=1)
     target = path.parent / "events.ndjson"

@@ -52,6 +52,7 @@ async def test_an_event_of_this_process_is_found(log: Log, last: str) -> None:
     assert await shown(log, last) == [b"new"]
 
 
+@pytest.mark.promise("many-processes")
 async def test_an_event_of_another_process_is_found(log: Log, last: str, path: Path) -> None:
     async with Log(path) as other:
         assert await shown(log, last) == []
