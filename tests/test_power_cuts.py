@@ -61,20 +61,20 @@ def path(home: Path) -> Path:
     return home / "events.db"
 
 
-class Cuts(list[PowerCut]):
+class Cuts:
     """Power cuts before each change to the disk, and at last the one after it."""
 
     def __init__(self, home: Path) -> None:
-        super().__init__()
         self._home = home
+        self.all: list[PowerCut] = []
 
     def states(self) -> Iterator[Path]:
-        """Yield what may be left by each of them: the folder, which goes with the next one."""
-        yield from self._leave((cut, seed) for cut in self for seed in range(LOOKS))
+        """Yield what may be left by each of them: a folder, which goes with the next one."""
+        yield from self._leave((cut, seed) for cut in self.all for seed in range(LOOKS))
 
     def states_at_the_end(self) -> Iterator[Path]:
         """Yield what may be left when the power goes after the operation."""
-        yield from self._leave((self[-1], seed) for seed in range(MORE_LOOKS))
+        yield from self._leave((self.all[-1], seed) for seed in range(MORE_LOOKS))
 
     def _leave(self, cuts: Iterable[tuple[PowerCut, int]]) -> Iterator[Path]:
         place = self._home.with_name("left")
@@ -90,14 +90,14 @@ def cutting(disk: PowerDisk) -> Generator[Cuts]:
     cuts = Cuts(disk.home)
 
     def cut(power: PowerCut) -> None:
-        cuts.append(power)
+        cuts.all.append(power)
         disk.cut_at(1, cut)
 
     disk.cut_at(1, cut)
     yield cuts
     disk.cancel_cuts()
-    cuts.append(disk.cut())
-    assert len(cuts) > 3
+    cuts.all.append(disk.cut())
+    assert len(cuts.all) > 3
 
 
 def disk_of(path: Path) -> PowerDisk:
@@ -198,6 +198,7 @@ async def test_what_a_killed_process_did_not_sync_the_next_one_does(path: Path) 
 
     disk.cut_at(1, kill)
     async with deadline(), Log(path, small(), disk) as log:
+        # One event: while a segment is synced, what goes into the index fits SQLite's memory, and no file changes.
         await log.append("s", b"1")
         await in_segments(log)
         disk.cancel_cuts()
@@ -218,7 +219,7 @@ async def test_what_a_killed_process_did_not_sync_the_next_one_does(path: Path) 
 
 
 @pytest.mark.promise("torn-is-no-damage")
-async def test_a_torn_entry_of_the_registry_goes_for_good_before_another_is_written(path: Path) -> None:
+async def test_a_torn_entry_of_the_registry_is_never_in_the_way(path: Path) -> None:
     async with Log(path) as log:
         await log.sessions.open("first", b"")
     registry = path.parent / "events-log" / "registry.log"

@@ -1,15 +1,18 @@
-"""Behind a stream's last event there is nothing, until there is: whoever asks again is never told of an old look."""
+"""Behind a stream's last event there is nothing, until there is: a replay is never told of an old look."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from logstore.errors import GapError
-from logstore.storage import Log
-from tests.engine import eventually, in_segments, small
+from logstore.storage import Event, Log
+from tests.engine import in_segments, small
+
+STORED = 5
 
 
 @pytest.fixture
@@ -18,105 +21,148 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def last(path: Path) -> str:
-    """A store whose stream is on disk only; the id of its last event."""
+async def events(path: Path) -> list[Event]:
+    """A stream that is on disk only."""
     async with Log(path) as log:
-        return (await log.append_many([("s", b"%d" % number, 0) for number in range(5)]))[-1]
+        await log.append_many([("s", b"%d" % number, 0) for number in range(STORED)])
+        return await log.read("s")
 
 
 @pytest.fixture
-async def log(path: Path, last: str) -> AsyncIterator[Log]:
-    """The store opened anew, and read to its end."""
+async def log(path: Path, events: list[Event]) -> AsyncIterator[Log]:
+    """The store opened anew: nothing of the stream is in memory."""
     async with Log(path, small(memory_bytes=1 << 20)) as log:
-        assert len(await log.read("s")) == 5
-        assert await log.read("s", last) == []
         yield log
 
 
-async def shown(log: Log, after: str) -> list[bytes]:
-    return [event.payload for event in await log.read("s", after)]
+async def resumed(log: Log, event: Event) -> AsyncGenerator[list[Event], None]:
+    found = await log.resume(event.event_id)
+    assert found is not None
+    stream, pages = found
+    assert stream == event.stream
+    return pages
 
 
-async def test_the_disk_is_asked_once(log: Log, last: str) -> None:
-    before = log.stats()
-    for _ in range(3):
-        assert await log.read("s", last) == []
-    after = log.stats()
-    assert (after.cache_misses, after.cache_hits) == (before.cache_misses, before.cache_hits + 3)
+async def replayed(log: Log, event: Event, meanwhile: Callable[[], Awaitable[object]] | None = None) -> list[bytes]:
+    """Replay what comes after an event; `meanwhile` happens while its first page is being sent."""
+    found: list[bytes] = []
+    async with aclosing(await resumed(log, event)) as pages:
+        async for page in pages:
+            found += [each.payload for each in page]
+            if meanwhile is not None:
+                await meanwhile()
+                meanwhile = None
+    return found
 
 
-async def test_an_event_of_this_process_is_found(log: Log, last: str) -> None:
-    await log.append("s", b"new")
-    assert await shown(log, last) == [b"new"]
-    await in_segments(log)
-    assert await shown(log, last) == [b"new"]
+OLD = [b"%d" % number for number in range(1, STORED)]
+
+
+async def test_the_disk_is_asked_once_when_nothing_comes_meanwhile(log: Log, events: list[Event]) -> None:
+    before = log.stats().cache_misses
+    assert await replayed(log, events[0]) == OLD
+    assert log.stats().cache_misses == before + 1
+
+
+async def test_an_event_of_this_process_is_found(log: Log, events: list[Event]) -> None:
+    assert await replayed(log, events[0], lambda: log.append("s", b"new")) == [*OLD, b"new"]
+
+
+async def test_an_event_that_went_to_segments_is_found(log: Log, events: list[Event]) -> None:
+    async def append() -> None:
+        await log.append("s", b"new")
+        await in_segments(log)
+
+    assert await replayed(log, events[0], append) == [*OLD, b"new"]
+
+
+async def test_an_event_that_has_left_the_memory_again_is_found(log: Log, events: list[Event]) -> None:
+    async def append() -> None:
+        await log.append("s", b"new")
+        await in_segments(log)
+        assert "s" in log._tail.streams
+        # Until there is no room left for it.
+        for number in range(200):
+            if "s" in log._tail.streams:
+                await log.append_many([(f"other {number} {each}", bytes(20_000), 0) for each in range(10)])
+                await in_segments(log)
+        assert "s" not in log._tail.streams
+
+    assert await replayed(log, events[0], append) == [*OLD, b"new"]
 
 
 @pytest.mark.promise("many-processes")
-async def test_an_event_of_another_process_is_found(log: Log, last: str, path: Path) -> None:
+async def test_an_event_of_another_process_is_found(log: Log, events: list[Event], path: Path) -> None:
     async with Log(path) as other:
-        assert await shown(log, last) == []
+        assert await replayed(log, events[0], lambda: other.append("s", b"new")) == [*OLD, b"new"]
+
+
+@pytest.mark.promise("many-processes")
+async def test_an_event_of_a_process_that_was_begun_again_since_is_found(
+    log: Log, events: list[Event], path: Path
+) -> None:
+    async def append_and_begin_again() -> None:
+        # The lane's mark is where it was before: nothing of the new opening is visible.
         await other.append("s", b"new")
-        assert await shown(log, last) == [b"new"]
-    assert await shown(log, last) == [b"new"]
+        await other.close()
+        await successor.open()
+
+    other, successor = Log(path), Log(path)
+    await other.open()
+    try:
+        assert await replayed(log, events[0], append_and_begin_again) == [*OLD, b"new"]
+    finally:
+        await successor.close()
 
 
-async def test_an_event_that_has_left_the_memory_again_is_found(log: Log, last: str) -> None:
-    await log.append("s", b"new")
-    await in_segments(log)
-    assert "s" in log._tail.streams
-    # Until there is no room left for it.
-    for number in range(200):
-        if "s" not in {owner.name for owner in log._tail.streams.values()}:
-            break
-        await log.append_many([(f"other {number} {each}", bytes(20_000), 0) for each in range(10)])
-        await in_segments(log)
-    assert "s" not in log._tail.streams
-    assert await shown(log, last) == [b"new"]
-
-
-async def test_a_page_that_is_full_is_not_the_last(log: Log, path: Path) -> None:
+@pytest.mark.promise("many-processes")
+async def test_of_a_stream_in_memory_too(log: Log, path: Path) -> None:
     async with Log(path) as other:
-        events = await other.read("s")
-        for limit in range(1, 7):
-            after: str | None = None
-            found: list[bytes] = []
-            while page := await log.read("s", after, limit):
-                found += [event.payload for event in page]
-                after = page[-1].event_id
-            assert found == [event.payload for event in events]
+        first = await log.append("own", b"1")
+        assert await log.read("own", first) == []
+        await other.append("own", b"2")
+    async with Log(path):
+        assert [event.payload for event in await log.read("own", first)] == [b"2"]
 
 
-# In one look.
+# A resume is the stream and what comes after.
 
 
-async def test_a_resume_is_the_stream_and_what_comes_after(log: Log, path: Path) -> None:
+async def test_from_wherever_in_memory_or_on_disk(log: Log, path: Path) -> None:
     async with Log(path) as other:
         await log.append("s", b"of this process")
         await other.append("s", b"of the other")
-        events = await log.read("s")
-        assert len(events) == 7
+        everything = await log.read("s")
+        assert len(everything) == STORED + 2
         for opened in (log, other):
-            for place, event in enumerate(events):
-                assert await opened.resume(event.event_id) == ("s", events[place + 1 :])
-                assert await opened.resume(event.event_id, 2) == ("s", events[place + 1 :][:2])
-    await eventually(lambda: log.stats().unsegmented_bytes == 0)
-    for place, event in enumerate(events):
-        assert await log.resume(event.event_id) == ("s", events[place + 1 :])
+            for place, event in enumerate(everything):
+                assert await replayed(opened, event) == [each.payload for each in everything[place + 1 :]]
+    await in_segments(log)
+    for place, event in enumerate(everything):
+        assert await replayed(log, event) == [each.payload for each in everything[place + 1 :]]
 
 
-async def test_of_an_id_that_is_none_there_is_no_resume(log: Log, last: str) -> None:
-    for wrong in ("", "x", "-1", "1", str(int(last) + 1), "9" * 30):
+async def test_over_many_pages(log: Log, path: Path) -> None:
+    payloads = [b"%d" % number for number in range(3_000)]
+    async with Log(path) as other:
+        await other.append_many([("long", payload, 0) for payload in payloads])
+    (first, *_) = await log.read("long")
+    assert await replayed(log, first) == payloads[1:]
+
+
+async def test_of_an_id_that_is_none(log: Log, events: list[Event]) -> None:
+    for wrong in ("", "x", "-1", "1", str(events[-1].id + 1), "9" * 30):
         assert await log.resume(wrong) is None
 
 
-async def test_a_resume_after_which_events_are_gone_says_so(log: Log, path: Path) -> None:
-    events = await log.read("s")
-    async with Log(path) as other:
-        segment = next((path.parent / "events-log" / "segments").iterdir())
-        data = bytearray(segment.read_bytes())
-        data[-3] ^= 1
-        segment.write_bytes(bytes(data))
+async def test_up_to_a_hole(log: Log, events: list[Event], path: Path) -> None:
+    segment = next((path.parent / "events-log" / "segments").iterdir())
+    data = bytearray(segment.read_bytes())
+    data[-3] ^= 1
+    segment.write_bytes(bytes(data))
+    async with aclosing(await resumed(log, events[0])) as pages:
+        assert await anext(pages) == events[1:-1]
         with pytest.raises(GapError):
-            await other.resume(events[-2].event_id)
-        assert await other.resume(events[0].event_id) == ("s", events[1:-1])
+            await anext(pages)
+    with pytest.raises(GapError):
+        await log.resume(events[-2].event_id)

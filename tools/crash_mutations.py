@@ -32,8 +32,8 @@ _ORDERS: Final = [
     Mutation(
         "order: the index waits for the sync of the segments that it names",
         "storage/checkpoint.py",
-        "            synced.result()\n",
-        "",
+        "                synced.result()\n",
+        "                pass\n",
         (tests("test_disk_failure", "storage/test_recovery"), POWER),
     ),
     Mutation(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +21,12 @@ from logstore.mcp.scope import name_in_log
 from logstore.mcp.sdk import STANDALONE_STREAM, called_by_transport, is_transport_callback, split_transport_prefix
 from logstore.mcp.sessions import MemorySessions, SessionKeeper
 from logstore.storage import (
-    FIRST_PAGE_EVENTS,
     FLAG_FINAL,
     FLAG_PRIMING,
     FLAG_REQUEST,
     Event,
     Health,
     StreamSummary,
-    next_page_events,
 )
 
 logger = logging.getLogger("logstore.mcp")
@@ -63,8 +62,8 @@ class EventLog(Protocol):
         """Return events of a stream in order; none when nothing is after."""
         ...
 
-    async def resume(self, after: str, limit: int = 1000) -> tuple[str, list[Event]] | None:
-        """Return the stream of an event and what comes after it; None when the id is unknown or none of ours."""
+    async def resume(self, after: str) -> tuple[str, AsyncGenerator[list[Event], None]] | None:
+        """Return the stream of an event and pages of what comes after it; None when the id is unknown or not ours."""
         ...
 
     def follow(self, stream: str, after: str | None = None) -> AsyncIterator[Event]:
@@ -208,19 +207,19 @@ class LogEventStore(EventStore):
             await self._refuse_unscoped(send_callback)
             return None
         log = await self.log()
-        found = await log.resume(str(last_event_id), FIRST_PAGE_EVENTS)
+        found = await log.resume(str(last_event_id))
         if found is None:
             return None
-        stream, events = found
-        while events:
-            for event in events:
-                if not event.flags & FLAG_PRIMING:
-                    message: Any = decode(event)
-                    # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
-                    await send_callback(EventMessage(message, str(event.id)))
-                if event.flags & FLAG_FINAL:
-                    return stream
-            events = await log.read(stream, events[-1].event_id, next_page_events(events))
+        stream, pages = found
+        async with contextlib.aclosing(pages):
+            async for events in pages:
+                for event in events:
+                    if not event.flags & FLAG_PRIMING:
+                        message: Any = decode(event)
+                        # A plain dict comes back to the direct caller that stored one; the SDK stores only models.
+                        await send_callback(EventMessage(message, str(event.id)))
+                    if event.flags & FLAG_FINAL:
+                        return stream
         return stream
 
     async def _refuse_unscoped(self, send_callback: EventCallback) -> None:

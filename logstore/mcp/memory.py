@@ -146,14 +146,19 @@ class MemoryLog:
         found = self._streams.get(stream)
         return [] if found is None else _after(found, after, limit)
 
-    async def resume(self, after: str, limit: int = _PAGE_EVENTS) -> tuple[str, list[Event]] | None:
-        """Return the stream of an event and what comes after it; None when the id was never given out.
+    async def resume(self, after: str) -> tuple[str, AsyncGenerator[list[Event], None]] | None:
+        """Return the stream of an event, and what comes after it, page by page; None when the id was never given out.
 
         Raises:
-            GapError: The event, or events after it, were dropped.
+            GapError: The event, or, from the generator, events after it were dropped.
         """
         stream = await self.stream_of(after)
-        return None if stream is None else (stream, await self.read(stream, after, limit))
+        return None if stream is None else (stream, self._pages(stream, after))
+
+    async def _pages(self, stream: str, after: str) -> AsyncGenerator[list[Event], None]:
+        while events := await self.read(stream, after):
+            yield events
+            after = events[-1].event_id
 
     async def unanswered(self, prefix: str) -> list[str]:
         """Return nothing: the process that would have answered has the log in its memory, and is alive."""

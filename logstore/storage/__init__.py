@@ -11,7 +11,6 @@ from logstore.storage.record import (
     FLAG_PRIMING,
     FLAG_REQUEST,
     Event,
-    next_page_events,
 )
 from logstore.storage.registry import Session
 from logstore.storage.sessions import Sessions
@@ -33,5 +32,4 @@ __all__ = [
     "Sessions",
     "StreamSummary",
     "WriteFailurePolicy",
-    "next_page_events",
 ]

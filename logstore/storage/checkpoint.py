@@ -140,6 +140,9 @@ class SegmentStore:
         incarnation: Of the lane that this process writes.
         numbers: Where segment numbers come from.
         segment_bytes: Size at which a segment is sealed.
+
+    Attributes:
+        beside_appends: Whether appends of this process may wait for the interpreter; set once the store is open.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class SegmentStore:
         self._numbers = numbers
         self._numbering = threading.Lock()
         self._segment_bytes = segment_bytes
+        self.beside_appends = False
         self._open: dict[str, _Segment] = {}
         # Begun by the checkpoint that runs, and not in the index yet.
         self._begun: list[SegmentWriter] = []
@@ -169,16 +173,13 @@ class SegmentStore:
         self._done: list[Journal] = []
         self._unlinked: list[tuple[int, int]] = []
 
-    def write(
-        self, events: Unsegmented, journals: Sequence[Journal], now_us: int, *, beside_appends: bool = False
-    ) -> None:
+    def write(self, events: Unsegmented, journals: Sequence[Journal], now_us: int) -> None:
         """Store events durably, index them, and remove the journals that they came from.
 
         Args:
             events: What to store.
             journals: Files that hold these events and no others.
             now_us: The time.
-            beside_appends: Let go of the interpreter now and then: appends of this process wait for it.
 
         Raises:
             OSError: The disk refused; nothing is indexed and the journals are still there.
@@ -186,7 +187,7 @@ class SegmentStore:
         """
         try:
             left = self._not_indexed(events) if self._in_doubt else events
-            self._store(_runs(left, pause=beside_appends), left, journals, now_us)
+            self._store(_runs(left, pause=self.beside_appends), left, journals, now_us)
         except BaseException:
             # What the open segments hold past their indexed length is not known: they end here.
             self.abandon()
@@ -256,7 +257,7 @@ class SegmentStore:
         try:
             # A thread of its own: a tenth of an opening with a full journal, in which nobody else waits for the disk.
             with ThreadPoolExecutor(1, thread_name_prefix="logstore-sync") as beside:
-                synced = beside.submit(self._sync, touched, is_new=is_new)
+                synced = beside.submit(self._sync, touched, is_new=is_new) if touched else None
                 self._index(events, placed, touched, finished, journals, synced)
         finally:
             if pack is not None:
@@ -322,7 +323,7 @@ class SegmentStore:
         touched: Sequence[_Segment],
         finished: Sequence[_Segment],
         journals: Sequence[Journal],
-        synced: Future[None],
+        synced: Future[None] | None,
     ) -> None:
         """Make the events findable and the journals superfluous, in one commit, which waits for `synced`."""
         catalogue = self._catalogue
@@ -343,7 +344,8 @@ class SegmentStore:
             catalogue.add_extents(map(_Placed.extent, placed, streams))
             catalogue.add_journals((journal.lane, journal.ordinal) for journal in journals)
             # What the index names is on disk before the index is.
-            synced.result()
+            if synced is not None:
+                synced.result()
             forgotten, self._unlinked = self._unlinked, []
             catalogue.forget_journals(forgotten)
             # A commit that fails may be on disk all the same.

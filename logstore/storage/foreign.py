@@ -203,7 +203,8 @@ class Foreign:
 
     def moves(self) -> int:
         """Return a number that grows whenever another lane has become longer, or a lane was added."""
-        words = tuple(lane.marks.word for lane in self._all())
+        # A mark begins at nothing with each opening: by itself it may have gone there and back.
+        words = tuple(word for lane in self._all() for word in (lane.marks.word, lane.marks.incarnation))
         if words != self._words:
             self._words = words
             self.moves_seen += 1

@@ -9,10 +9,10 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,26 +30,22 @@ from logstore.storage.lane import is_held, lane_folders
 from logstore.storage.latency import Latencies
 from logstore.storage.opening import OpenStore, log_folder
 from logstore.storage.options import LogOptions
-from logstore.storage.reader import Page, Reader, contiguous
+from logstore.storage.reader import Reader, contiguous
 from logstore.storage.record import FIRST_PAGE_EVENTS, FLAG_FINAL, Event, decode_frame, decode_stamp, next_page_events
 from logstore.storage.sessions import Sessions
 from logstore.storage.tail import Tail
 
 _T = TypeVar("_T")
 
-_MOST_ENDS: Final = 1_000
 
-
-class _End(NamedTuple):
-    """Where a stream ends, as long as the own tail has nothing after it and the other figures are the same.
+class _Standing(NamedTuple):
+    """What is another when a stream has grown of which the own tail has nothing new.
 
     Attributes:
-        last_id: Nothing came after this event.
         others: What other lanes had written, see `Foreign.moves`.
-        evictions: The own tail's; what came since may have left it again.
+        evictions: The own tail's: what came since may have left it again.
     """
 
-    last_id: int
     others: int
     evictions: int
 
@@ -79,7 +75,6 @@ class Log:
         self._disowned = False
         self._hits = 0
         self._misses = 0
-        self._ends: dict[str, _End] = {}
         self._read_latencies = Latencies()
         self.sessions = Sessions(self._session_parts)
 
@@ -274,35 +269,40 @@ class Log:
         start = 0 if after is None else parse_event_id(after)
         if start is None:
             raise UnknownEventError(f"{str(after)[:40]!r} is not an event id")
+        return (await self._page(parts, stream, start, limit))[0]
+
+    async def _page(self, parts: _Parts, stream: str, start: int, limit: int) -> tuple[list[Event], _Standing | None]:
+        """As `read`; and, when it is known that nothing was behind them, how all stood before the disk was asked."""
         started_s = time.monotonic()
         owner = self._tail.streams.get(stream)
-        own, lost = ([], 0) if owner is None else (owner.after(start, limit), owner.lost)
-        end = self._end(parts, start)
-        if start and owner is not None and owner.covers(start) and end.others == owner.others:
+        own: list[bytes] = []
+        lost = 0
+        if owner is not None:
+            own, lost = owner.after(start, limit), owner.lost
+        end: _Standing | None = None
+        if start and owner is not None and owner.covers(start) and parts.foreign.moves() == owner.others:
             self._hits += 1
-            events = [decode_frame(frame) for frame in own]
-        elif start and not own and self._ends.get(stream) == end:
-            self._hits += 1
-            events = []
+            found = [decode_frame(frame) for frame in own]
         else:
             self._misses += 1
-            page = await parts.read(parts.reader.read, stream, start, limit, own)
-            self._note_end(stream, end, page)
-            events = page.events
+            before = self._standing(parts)
+            found, is_last = await parts.read(parts.reader.read, stream, start, limit, own)
+            end = before if is_last else None
         self._read_latencies.record(time.monotonic() - started_s)
         if lost > start:
-            events = [event for event in events if event.id <= lost]
-            if not events:
+            found = [event for event in found if event.id <= lost]
+            if not found:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
-        return contiguous(stream, start, events)
+        events = contiguous(stream, start, found)
+        return events, end if len(events) == len(found) else None
 
-    async def resume(self, after: str, limit: int = 1000) -> tuple[str, list[Event]] | None:
-        """Return the stream of an event, and the first events after it: `stream_of` and `read` in one look at the disk.
+    async def resume(self, after: str) -> tuple[str, AsyncGenerator[list[Event], None]] | None:
+        """Return the stream of an event, and what comes after it, page by page up to the newest; each has an event.
 
         None for an id that the store does not have or never wrote.
 
         Raises:
-            GapError, DamageError: As `read`.
+            GapError, DamageError: As `read`, here and from the generator.
         """
         parts = await self._ready()
         number = parse_event_id(after)
@@ -311,28 +311,35 @@ class Log:
         stream = self._tail.stream_of(number)
         if stream is None:
             started_s = time.monotonic()
-            end = self._end(parts, number)
-            found = await parts.read(parts.reader.resume, number, limit, self._tail.streams.__contains__)
+            before = self._standing(parts)
+            is_own = self._tail.streams.__contains__
+            found = await parts.read(parts.reader.resume, number, FIRST_PAGE_EVENTS, is_own)
             if found is None:
                 return None
             stream, page = found
             if page is not None:
                 self._misses += 1
-                self._note_end(stream, end, page)
                 self._read_latencies.record(time.monotonic() - started_s)
-                return stream, contiguous(stream, number, page.events)
-        return stream, await self.read(stream, after, limit)
+                events = contiguous(stream, number, page.events)
+                is_last = page.is_last and len(events) == len(page.events)
+                return stream, self._pages(stream, events, before if is_last else None)
+        return stream, self._pages(stream, *await self._page(parts, stream, number, FIRST_PAGE_EVENTS))
 
-    def _end(self, parts: _Parts, last_id: int) -> _End:
-        """Return what `_note_end` notes when nothing is found after an event; to be asked for before the disk is."""
-        return _End(last_id, parts.foreign.moves(), self._tail.evictions)
+    async def _pages(
+        self, stream: str, events: list[Event], end: _Standing | None
+    ) -> AsyncGenerator[list[Event], None]:
+        """Yield a page, and those that follow."""
+        while events:
+            yield events
+            # The stream may have grown while its last page was sent. When nothing has, the disk need not be asked.
+            parts, last = await self._ready(), events[-1].id
+            owner = self._tail.streams.get(stream)
+            if end is not None and end == self._standing(parts) and (owner is None or not owner.has_after(last)):
+                return
+            events, end = await self._page(parts, stream, last, next_page_events(events))
 
-    def _note_end(self, stream: str, before: _End, page: Page) -> None:
-        """Remember where a stream ended: whoever has read all of it asks once more, and need not wait for the disk."""
-        if page.is_last:
-            if len(self._ends) >= _MOST_ENDS:
-                self._ends.clear()
-            self._ends[stream] = before._replace(last_id=page.events[-1].id) if page.events else before
+    def _standing(self, parts: _Parts) -> _Standing:
+        return _Standing(parts.foreign.moves(), self._tail.evictions)
 
     async def unanswered(self, prefix: str) -> list[str]:
         """Return the streams of requests that have no answer yet, whose names begin with a prefix.

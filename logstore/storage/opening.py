@@ -111,6 +111,7 @@ class OpenStore:
             cause = self._cause()
             reason = f"{error} ({cause})" if cause else f"{error}{_UNREADABLE_INDEX if is_io_error(error) else ''}"
             raise WriteFailedError(f"the store {path} cannot be opened: {reason}") from cause or error
+        self.segments.beside_appends = True
 
     def _cause(self) -> OSError | None:
         """Return what the system answers to a write beside the catalogue: SQLite only says that it failed."""
@@ -386,8 +387,7 @@ class OpenStore:
         journals = [Journal(lane.folder, lane.number, generation.ordinal) for generation in generations]
         with self.checkpoint_lock():
             self._keep_catalogue()
-            events = tail.unsegmented(generations)
-            self.segments.write(events, journals, time.time_ns() // 1000, beside_appends=True)
+            self.segments.write(tail.unsegmented(generations), journals, time.time_ns() // 1000)
             self.copy_sessions()
 
     def copy_sessions(self) -> None:

@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class Page(NamedTuple):
-    """Some events of a stream, in order, and whether there was nothing behind them."""
+    """Some events of a stream, in order, and whether it is known that there was nothing behind them."""
 
     events: list[Event]
     is_last: bool
@@ -121,7 +121,7 @@ class Reader:
         stream = self.stream_of(after)
         if stream is None:
             return None
-        # Asked before anything is read: what the tail lets go of is in segments.
+        # Asked before events are read: what the tail has let go of is in segments.
         return stream, None if is_own(stream) else self.read(stream, after, limit, ())
 
     def read(self, stream: str, after: int, limit: int, own: Iterable[bytes]) -> Page:
@@ -154,7 +154,8 @@ class Reader:
                 merged = [event for event in merged if event.id <= hole.after]
                 if not merged:
                     raise GapError(stream, str(after), hole.reason)
-        is_last = found.hole is None and below == MAX_ID and len(merged) < limit
+        # What is above `dropped` may not have been looked at, where what is below it filled the page.
+        is_last = found.hole is None and below == MAX_ID and len(merged) < limit and above <= after
         return Page(merged[:limit], is_last)
 
     def _in_segments(self, stream: str, after: int, limit: int) -> _Found | None:

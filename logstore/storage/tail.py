@@ -46,6 +46,10 @@ class StreamTail:
         place = bisect_right(self.ids, event_id)
         return self.frames[place : place + limit]
 
+    def has_after(self, event_id: int) -> bool:
+        """Whether there is something after an event, or was and is lost."""
+        return self.lost > event_id or bool(self.ids and self.ids[-1] > event_id)
+
     def covers(self, event_id: int) -> bool:
         """Whether everything of this lane after the given event is here."""
         return bool(self.ids) and event_id >= self.ids[0]
@@ -110,7 +114,7 @@ class Tail:
     Attributes:
         streams: By name, those of which something is in memory, or on its way there.
         generations: Of the journals that are not in segments yet, oldest first.
-        evictions: How often all that is in segments of a stream was dropped, also its newest events.
+        evictions: How often a stream gave up also its newest events in segments.
         bytes: Memory that all of it takes.
         unsegmented_bytes: Memory that events take which are not in segments yet.
     """
