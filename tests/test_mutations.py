@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import logstore
+from crash_kill import BrokenPromiseError
+from crash_mutation import MutationCampaign
 from crash_mutations import MUTATIONS
 from crash_mutations_type import Mutation
 
@@ -55,3 +57,21 @@ def test_every_sync_is_taken_out() -> None:
                 taken.update(range(first, first + mutation.old.count("\n") + 1))
         left += [f"{file}:{line}" for line in syncs(file, ast.parse(text)) if line not in taken]
     assert left == []
+
+
+# The campaign.
+
+
+def test_it_says_that_a_mutation_is_noticed(tmp_path: Path) -> None:
+    campaign = MutationCampaign(tmp_path, 1, only="comparison: a file's header")
+    campaign.run(0)
+    assert campaign.figures["mutations caught"] == 1
+
+
+def test_it_says_that_nobody_notices_one_that_breaks_nothing(tmp_path: Path) -> None:
+    proof = ("tests/storage/test_header.py",)
+    harmless = Mutation("nothing", "storage/header.py", "that every file", "that each file", (proof,))
+    campaign = MutationCampaign(tmp_path, 1)
+    campaign._mutations = [harmless]
+    with pytest.raises(BrokenPromiseError, match="nobody noticed"):
+        campaign.run(0)
