@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
-from logstore.errors import GapError
+from logstore.errors import GapError, StoreClosedError
 from logstore.storage import Event, Log
 from tests.engine import in_segments, small
 
@@ -118,11 +120,30 @@ async def test_an_event_of_a_process_that_was_begun_again_since_is_found(
 @pytest.mark.promise("many-processes")
 async def test_of_a_stream_in_memory_too(log: Log, path: Path) -> None:
     async with Log(path) as other:
+        await log.read("own")
         first = await log.append("own", b"1")
+        hits = log.stats().cache_hits
         assert await log.read("own", first) == []
+        assert log.stats().cache_hits == hits + 1
         await other.append("own", b"2")
     async with Log(path):
         assert [event.payload for event in await log.read("own", first)] == [b"2"]
+
+
+async def test_a_replay_that_a_close_overtakes_does_not_end_as_if_it_were_whole(log: Log) -> None:
+    first = await log.append("own", b"1")
+    await in_segments(log)
+    assert log._parts is not None
+    gate = threading.Event()
+    held = asyncio.create_task(log._parts.read(gate.wait))
+    resuming = asyncio.create_task(log.resume(first))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(log.close())
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(StoreClosedError):
+        await resuming
+    await asyncio.gather(held, closing)
 
 
 # A resume is the stream and what comes after.

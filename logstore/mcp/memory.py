@@ -127,6 +127,10 @@ class MemoryLog:
         Raises:
             GapError: The event is gone, and which stream it was in with it.
         """
+        stream = self._stream_of(event_id)
+        return None if stream is None else stream.name
+
+    def _stream_of(self, event_id: str) -> _Stream | None:
         self._check_open()
         number = parse_event_id(event_id)
         if number is None or not self._first <= number <= self._last:
@@ -134,7 +138,7 @@ class MemoryLog:
         stream = self._owners.get(number) or self._edges.get(number)
         if stream is None:
             raise GapError("?", event_id, "it was dropped from memory, with events after it")
-        return stream.name
+        return stream
 
     async def read(self, stream: str, after: str | None = None, limit: int = _PAGE_EVENTS) -> list[Event]:
         """Return up to `limit` events of a stream in order; none when nothing is after.
@@ -151,12 +155,16 @@ class MemoryLog:
 
         Raises:
             GapError: The event, or, from the generator, events after it were dropped.
+            StoreClosedError: The store was closed.
         """
-        stream = await self.stream_of(after)
-        return None if stream is None else (stream, self._pages(stream, after))
+        stream = self._stream_of(after)
+        return None if stream is None else (stream.name, self._pages(stream, after))
 
-    async def _pages(self, stream: str, after: str) -> AsyncGenerator[list[Event], None]:
-        while events := await self.read(stream, after):
+    async def _pages(self, stream: _Stream, after: str) -> AsyncGenerator[list[Event], None]:
+        # Of this very stream: one of its name that is begun when it was dropped has none of its events.
+        while int(after) < stream.last:
+            self._check_open()
+            events = _after(stream, after, _PAGE_EVENTS)
             yield events
             after = events[-1].event_id
 

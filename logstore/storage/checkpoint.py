@@ -142,7 +142,7 @@ class SegmentStore:
         segment_bytes: Size at which a segment is sealed.
 
     Attributes:
-        beside_appends: Whether appends of this process may wait for the interpreter; set once the store is open.
+        beside_appends: Whether appends to this store may wait for the interpreter; set once it is open.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class SegmentStore:
 
         Raises:
             OSError: The disk refused; nothing is indexed and the journals are still there.
-            sqlite3.Error: The catalogue refused; likewise.
+            sqlite3.Error: The catalogue refused; likewise, unless it was the commit that failed: that may be done.
         """
         try:
             left = self._not_indexed(events) if self._in_doubt else events

@@ -202,7 +202,7 @@ class Foreign:
         self.moves_seen = 0
 
     def moves(self) -> int:
-        """Return a number that grows whenever another lane has become longer, or a lane was added."""
+        """Return a number that grows whenever another lane has become longer, was opened anew, or was added."""
         # A mark begins at nothing with each opening: by itself it may have gone there and back.
         words = tuple(word for lane in self._all() for word in (lane.marks.word, lane.marks.incarnation))
         if words != self._words:

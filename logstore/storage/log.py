@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class _Standing(NamedTuple):
-    """What is another when a stream has grown of which the own tail has nothing new.
+    """What differs once a stream may have grown without the own tail showing it.
 
     Attributes:
         others: What other lanes had written, see `Foreign.moves`.
@@ -290,7 +290,7 @@ class Log:
             end = before if is_last else None
         self._read_latencies.record(time.monotonic() - started_s)
         if lost > start:
-            found = [event for event in found if event.id <= lost]
+            found, end = [event for event in found if event.id <= lost], None
             if not found:
                 raise GapError(stream, str(start), "events were in memory only, and too many while the disk failed")
         events = contiguous(stream, start, found)
@@ -303,6 +303,7 @@ class Log:
 
         Raises:
             GapError, DamageError: As `read`, here and from the generator.
+            StoreClosedError: The log was closed, here and from the generator.
         """
         parts = await self._ready()
         number = parse_event_id(after)
@@ -323,6 +324,8 @@ class Log:
                 events = contiguous(stream, number, page.events)
                 is_last = page.is_last and len(events) == len(page.events)
                 return stream, self._pages(stream, events, before if is_last else None)
+        # The log may have been closed meanwhile, and the other lanes with it.
+        parts = await self._ready()
         return stream, self._pages(stream, *await self._page(parts, stream, number, FIRST_PAGE_EVENTS))
 
     async def _pages(

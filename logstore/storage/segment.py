@@ -37,7 +37,7 @@ def segment_numbers(disk: Disk, root: Path) -> list[int]:
 
 
 class SegmentWriter:
-    """Appends runs of frames to one new segment; used by one thread at a time.
+    """Appends runs of frames to one new segment; used by one thread at a time, but for a `sync` beside looks at it.
 
     Args:
         disk: The file door.

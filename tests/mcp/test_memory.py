@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,33 @@ async def test_the_stream_longest_without_an_event_goes_first() -> None:
     assert await log.stream_of(first) == "a"
     with pytest.raises(GapError):
         await log.stream_of(dropped)
+
+
+@pytest.mark.promise("no-hole-passed-over")
+async def test_a_replay_whose_stream_is_dropped_and_begun_again_meanwhile_is_told() -> None:
+    log = MemoryLog(1000, 1 << 20, 1)
+    first = await log.append("s", b"1")
+    await log.append("s", b"2")
+    found = await log.resume(first)
+    assert found is not None
+    async with aclosing(found[1]) as pages:
+        assert [event.payload for event in await anext(pages)] == [b"2"]
+        for stream in ("s", "other", "s"):
+            await log.append(stream, b"more")
+        with pytest.raises(GapError):
+            await anext(pages)
+
+
+async def test_a_replay_that_has_everything_ends_though_its_stream_is_dropped() -> None:
+    log = MemoryLog(1000, 1 << 20, 1)
+    first = await log.append("s", b"1")
+    await log.append("s", b"2")
+    found = await log.resume(first)
+    assert found is not None
+    async with aclosing(found[1]) as pages:
+        assert len(await anext(pages)) == 1
+        await log.append("other", b"3")
+        assert [page async for page in pages] == []
 
 
 @pytest.mark.promise("unknown-id-is-none")
