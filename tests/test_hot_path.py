@@ -214,7 +214,7 @@ PATHS: Final = {
     "append in the call": Hot(appending, 9.7, base, "encode"),
     "append in a batch": Hot(queueing, 5.2, base, "encode"),
     "replay from memory": Hot(replaying, 3.45, base, "decode"),
-    "read from segments": Hot(reading, 2.3, record, "_decode_event"),
+    "read from segments": Hot(reading, 2.5, record, "_decode_event"),
     "read from a journal": Hot(recovering, 1.68, record, "_decode_event"),
 }
 

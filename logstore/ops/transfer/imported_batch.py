@@ -82,9 +82,13 @@ class BatchWriter:
 
     def close(self) -> None:
         """Close what was opened."""
-        with self._store.checkpoint_lock():
+        try:
+            with self._store.checkpoint_lock():
+                self._database.close()
+        finally:
+            # Also when the disk does not give the lock; a second time does nothing.
             self._database.close()
-        self._journals.close()
+            self._journals.close()
 
     def write(self, batch: Sequence[Found]) -> BatchResult:
         """Add what the store does not have. On return it is on disk and indexed.
