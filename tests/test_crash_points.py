@@ -62,12 +62,29 @@ def hope(self, fd, data, offset):
 
 Disk.write = hope
 """
+KERNEL_ERRORS_ARE_SWALLOWED = """
+from logstore.storage.kernel_sync import KernelSync
+start = KernelSync.start
+
+def hope(self, fd, path, done):
+    try:
+        return start(self, fd, path, done)
+    except OSError:
+        self._loop.call_soon(done, None)
+        return True
+
+KernelSync.start = hope
+"""
 
 
 @stops_calls
 @pytest.mark.parametrize(
     ("campaign", "scenario", "sabotage"),
-    [("points", "adoption", JOURNALS_GO_FIRST), ("errors", "append/1", ERRORS_ARE_SWALLOWED)],
+    [
+        ("points", "adoption", JOURNALS_GO_FIRST),
+        ("errors", "append/1", ERRORS_ARE_SWALLOWED),
+        ("errors", "append/0", KERNEL_ERRORS_ARE_SWALLOWED),
+    ],
 )
 def test_it_sees_a_broken_promise_and_says_how_to_see_it_again(
     tmp_path: Path, campaign: str, scenario: str, sabotage: str

@@ -17,9 +17,11 @@ from typing import Final, Literal
 
 import pytest
 
+from crash_sync import SyncInTurn
 from logstore.errors import GapError, WriteFailedError
 from logstore.storage import Durability, Log, LogOptions, WriteFailurePolicy, commit
 from logstore.storage.files import Disk
+from logstore.storage.kernel_sync import KernelSync
 from logstore.storage.worker import Timers
 from tests.engine import deadline, eventually, in_segments, payloads, process, read_all, read_to_gap, small
 from tests.storage.disks import Fault, FaultyDisk
@@ -120,6 +122,10 @@ class FailingDisk(Disk):
                 self._given_up.add(path)
             raise error
         super().sync(fd)
+
+    def kernel_sync(self) -> KernelSync | None:
+        # Some with the kernel's, some with the thread's.
+        return SyncInTurn(self.sync) if self._at % 2 else None
 
     def sync_folder(self, folder: Path) -> None:
         self._change(folder)

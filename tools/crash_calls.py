@@ -46,12 +46,14 @@ _CALLS: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "rename": (82,),
         "mkdir": (83,),
         "unlink": (84, 87),
+        "submit": (209,),
         "openat": (257,),
         "mkdirat": (258,),
         "unlinkat": (263,),
         "renameat": (264, 316),
     },
     "aarch64": {
+        "submit": (2,),
         "mkdirat": (34,),
         "unlinkat": (35,),
         "renameat": (38, 276),
@@ -64,7 +66,10 @@ _CALLS: Final[dict[str, dict[str, tuple[int, ...]]]] = {
         "sync": (82, 83),
     },
 }
-"""The numbers of each call; `unlink` is also rmdir, `sync` fsync and fdatasync, `extend` ftruncate and fallocate."""
+"""The numbers of each call; `unlink` is also rmdir, `sync` fsync and fdatasync, `extend` ftruncate and fallocate.
+
+`submit` is io_submit, with which the kernel is asked for nothing but syncs.
+"""
 _KINDS: Final[dict[str, Kind]] = {
     "read": "read",
     "pread": "read",
@@ -74,6 +79,7 @@ _KINDS: Final[dict[str, Kind]] = {
     "pwrite": "write",
     "extend": "extend",
     "sync": "sync",
+    "submit": "sync",
     "rename": "rename",
     "renameat": "rename",
     "unlink": "unlink",
@@ -92,6 +98,10 @@ _LOAD_NUMBER: Final = (0x20, 0, 0, 0)
 _JUMP_IF_EQUAL: Final = 0x15
 _RETURN: Final = 0x06
 _INSTRUCTION: Final = struct.Struct("=HBBI")
+_POINTER: Final = struct.Struct("=Q")
+_DESCRIPTOR: Final = struct.Struct("=I")
+_DESCRIPTOR_AT: Final = 20
+"""In a `struct iocb`, see `linux/aio_abi.h`."""
 _QUESTION: Final = struct.Struct("=QIIiIQ6Q")
 _ANSWER: Final = struct.Struct("=QqiI")
 _RECEIVE: Final = 0xC0502100
@@ -331,6 +341,11 @@ class _Watch:
         name, arguments = question.name, question.arguments
         if name in _BY_DESCRIPTOR:
             path = self._path_of(question.thread, arguments[0])
+        elif name == "submit":
+            # Of its requests, of which there is one, the descriptor.
+            (request,) = _POINTER.unpack(os.pread(self._memory, _POINTER.size, arguments[2]))
+            (fd,) = _DESCRIPTOR.unpack(os.pread(self._memory, _DESCRIPTOR.size, request + _DESCRIPTOR_AT))
+            path = self._path_of(question.thread, fd)
         else:
             # The last path of its arguments; with `…at` each comes behind a folder.
             place = {"open": 0, "openat": 1, "rename": 1, "renameat": 3}.get(name, int(name.endswith("at")))

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Literal, NamedTuple, get_args
 
 from crash_device import TORN, Device, File, FileState, Frozen
+from crash_sync import SyncInTurn
 from logstore.storage.files import Disk, Lock
 from logstore.storage.lane import boot_id
 
@@ -380,6 +381,10 @@ class PowerDisk(Disk):
                     file.state = FileState(path.read_bytes())
                 file.state.sync()
             self.on_sync(path)
+
+    def kernel_sync(self) -> SyncInTurn:
+        """Return what has the loop do `sync`, some time after it was asked for."""
+        return SyncInTurn(self.sync)
 
     def forget_cache(self, fd: int) -> None:
         """Do nothing: what the system shows is what was written."""

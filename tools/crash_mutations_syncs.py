@@ -10,8 +10,8 @@ SYNCS: Final = [
     Mutation(
         "sync: of a journal",
         "storage/journal.py",
-        "        self._disk.sync(self._fd)\n        self.durable = self.end",
-        "        self.durable = self.end",
+        "        self._disk.sync(self._fd)\n        self.synced()",
+        "        self.synced()",
         (tests("storage/test_journal"), POWER),
     ),
     Mutation(
@@ -20,6 +20,27 @@ SYNCS: Final = [
         "        if sync:\n            lane.sync()\n        lane.show()",
         "        lane.show()",
         (tests("test_acknowledgement"), POWER),
+    ),
+    Mutation(
+        "sync: of a batch that the loop has written",
+        "storage/commit.py",
+        "        if sync:\n            self._sync_beside(written)\n        else:\n            written(None)",
+        "        written(None)",
+        (tests("test_acknowledgement"), POWER),
+    ),
+    Mutation(
+        "sync: by the kernel",
+        "storage/commit.py",
+        "                if self._lane.begin_sync(self._kernel_sync, finish):\n                    return",
+        "                self._worker.give(lambda: None, finish)\n                return",
+        (tests("storage/test_kernel_sync"), POWER),
+    ),
+    Mutation(
+        "sync: by the journal's thread where the kernel has none",
+        "storage/commit.py",
+        "        self._worker.give(self._lane.sync, finish)",
+        "        self._worker.give(lambda: None, finish)",
+        (tests("test_acknowledgement"),),
     ),
     Mutation(
         "sync: of the folder of a new journal",
@@ -129,8 +150,8 @@ SYNCS: Final = [
     Mutation(
         "sync: of what `interval` has written",
         "storage/commit.py",
-        "        self._lane.sync()\n        self.commit_latencies",
-        "        self.commit_latencies",
+        "could fail into it.\n        self._sync_beside(synced)",
+        "could fail into it.\n        synced(None)",
         (tests("test_acknowledgement", "test_log"), POWER),
     ),
     Mutation(

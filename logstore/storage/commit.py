@@ -1,7 +1,8 @@
 """Group commit: whatever queued while the last sync ran goes out as one write and one sync.
 
-The event loop owns all state and hands the journal's thread one job at a time, so that neither needs a lock. An event
-costs one future and no thread hop of its own.
+The event loop owns all state. It writes what is small itself, and has the kernel sync it; what takes longer, a new file
+or a large batch, is a job of the journal's thread, which also syncs where the kernel cannot do it beside the process.
+One of them has the journal at a time, so that none needs a lock.
 
 When the disk fails, the file that failed is given up and its events are written again to a new file, under the same
 ids, as soon as one can be had. Until then events are volatile: in bounded memory, seen in this process, and told.
@@ -18,6 +19,7 @@ from threading import get_ident
 from typing import Any, Final, NamedTuple
 
 from logstore.errors import StoreClosedError, WriteFailedError
+from logstore.storage.kernel_sync import KernelSync
 from logstore.storage.lane import Lane
 from logstore.storage.latency import Latencies
 from logstore.storage.options import LogOptions
@@ -32,6 +34,8 @@ _FIRST_RETRY_S: Final = 0.05
 _LAST_RETRY_S: Final = 5.0
 _REWRITE_EVENTS: Final = 2_000
 _SLOW_COMMIT_S: Final = 1.0
+_WRITTEN_HERE_BYTES: Final = 256 << 10
+"""The largest batch that the loop writes itself: a tenth of a millisecond."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
@@ -82,6 +86,7 @@ class GroupCommit:
         tail: Where events become visible.
         options: Settings.
         seed: Start value of the frames' checksums.
+        kernel_sync: What syncs beside the process; without it the journal's thread does.
         others: Returns a number that changes when another lane has written.
         on_visible: Called with the streams of events that became visible.
 
@@ -103,6 +108,7 @@ class GroupCommit:
         tail: Tail,
         options: LogOptions,
         seed: int,
+        kernel_sync: KernelSync | None,
         *,
         others: Callable[[], int],
         on_visible: Callable[[Sequence[StreamTail]], None],
@@ -126,6 +132,8 @@ class GroupCommit:
         self._turn_s = 0.0
         self._sync_due = False
         self._worker = Worker("logstore-journal")
+        self._kernel_sync = kernel_sync
+        self._settling: list[asyncio.Future[None]] = []
         self._timers = Timers()
         self._pending = _Batch()
         self._scheduled = False
@@ -232,6 +240,11 @@ class GroupCommit:
         self._room = asyncio.Event()
         self.room_changed()
         self._worker.bind(running)
+        if self._kernel_sync is not None:
+            try:
+                self._kernel_sync.bind(running)
+            except NotImplementedError:
+                self._without_kernel_sync()
         self._scheduled = False
         self._schedule()
         self._timers.bind(running)
@@ -268,12 +281,40 @@ class GroupCommit:
         batch, self._pending = self._pending, _Batch()
         self._alone = len(batch.waiters) == 1
         sync, self._sync_due = self._sync_each or self._sync_due, False
-        self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
+        inline = self._lane.can_write_inline(batch.ids[-1], self._options.journal_file_bytes)
+        if inline and sum(map(len, batch.frames)) <= _WRITTEN_HERE_BYTES:
+            self._commit_here(batch, sync)
+        else:
+            self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
+
+    def _commit_here(self, batch: _Batch, sync: bool) -> None:
+        """Write one batch in this turn of the loop; for the sync the loop does not wait."""
+        lane = self._lane
+        started_s = time.monotonic()
+
+        def written(error: Exception | None) -> None:
+            if error is not None:
+                self._committed(batch, sync, error)
+                return
+            lane.show()
+            assert lane.journal is not None
+            self._note_commit(started_s)
+            self._committed(batch, sync, lane.journal.header.number)
+
+        try:
+            lane.write(batch.frames, batch.ids[-1])
+        except Exception as error:
+            written(error)
+            return
+        if sync:
+            self._sync_beside(written)
+        else:
+            written(None)
 
     def _commit(self, batch: _Batch, sync: bool) -> int:
         """Write one batch, in the journal's thread, and return the ordinal of the file that has it."""
         lane = self._lane
-        started = time.monotonic()
+        started_s = time.monotonic()
         if lane.journal is not None and lane.journal.end >= self._options.journal_file_bytes:
             lane.rotate()
         lane.write(batch.frames, batch.ids[-1])
@@ -281,11 +322,15 @@ class GroupCommit:
         if sync:
             lane.sync()
         lane.show()
-        took_s = time.monotonic() - started
-        self.commit_latencies.record(took_s)
-        if took_s > _SLOW_COMMIT_S:
-            logger.warning("a commit to %s took %.1f s: the disk is slow", lane.journal.path, took_s)
+        self._note_commit(started_s)
         return lane.journal.header.number
+
+    def _note_commit(self, started_s: float) -> None:
+        took_s = time.monotonic() - started_s
+        self.commit_latencies.record(took_s)
+        if took_s > _SLOW_COMMIT_S and self._lane.journal is not None:
+            reason = "the disk is slow, or the event loop was kept from its tasks"
+            logger.warning("a commit to %s took %.1f s: %s", self._lane.journal.path, took_s, reason)
 
     def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
         if isinstance(result, BaseException):
@@ -371,21 +416,17 @@ class GroupCommit:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             return
         generation = generations[-1]
+        started_s = time.monotonic()
 
-        def done(error: BaseException | None) -> None:
+        def synced(error: Exception | None) -> None:
             if error is not None:
                 self._fail(error, _Batch())
             else:
                 generation.synced = len(generation.ids)
+                self._note_commit(started_s)
 
         # Appends queue meanwhile: a write beside a sync could fail into it.
-        self._give(self._sync, done)
-
-    def _sync(self) -> None:
-        """Sync the journal, in its thread."""
-        started_s = time.monotonic()
-        self._lane.sync()
-        self.commit_latencies.record(time.monotonic() - started_s)
+        self._sync_beside(synced)
 
     def rotate(self) -> None:
         """Finish the journal file, so that a checkpoint can take it."""
@@ -523,13 +564,45 @@ class GroupCommit:
     def _give(self, job: Job, done: Callable[[Any], None]) -> None:
         """Run a job that needs the journal for itself."""
         self._busy = True
+        self._worker.give(job, functools.partial(self._finish, done))
 
-        def finish(result: Any) -> None:
-            self._busy = False
+    def _sync_beside(self, done: Callable[[Exception | None], None]) -> None:
+        """Sync the journal while the loop goes on: in the kernel, or else in the journal's thread."""
+        self._busy = True
+
+        def synced(error: Exception | None) -> None:
+            if error is None:
+                # The thread has noted it already, which is the same twice.
+                self._lane.synced()
+            done(error)
+
+        finish = functools.partial(self._finish, synced)
+        if self._kernel_sync is not None:
+            try:
+                if self._lane.begin_sync(self._kernel_sync, finish):
+                    return
+            except OSError as error:
+                finish(error)
+                return
+            self._without_kernel_sync()
+        self._worker.give(self._lane.sync, finish)
+
+    def _finish(self, done: Callable[[Any], None], result: Any) -> None:
+        self._busy = False
+        try:
             done(result)
             self._schedule()
+        finally:
+            settling, self._settling = self._settling, []
+            for turn in settling:
+                if not (turn.done() or turn.get_loop().is_closed()):
+                    turn.set_result(None)
 
-        self._worker.give(job, finish)
+    def _without_kernel_sync(self) -> None:
+        """Leave syncs to the journal's thread from here on."""
+        if self._kernel_sync is not None:
+            self._kernel_sync.close()
+            self._kernel_sync = None
 
     async def close(self) -> None:
         """Commit what is queued, finish the journal, end the thread.
@@ -553,22 +626,20 @@ class GroupCommit:
         self.rotate()
         await self._settle()
         self._worker.stop()
+        self._without_kernel_sync()
 
     async def _settle(self) -> None:
-        """Return when nothing is queued and the journal's thread has nothing to do."""
+        """Return when nothing is queued and nobody is at the journal."""
         assert self._loop is not None
         while self._busy or self._pending.ids:
-            self._schedule()
+            if not self._busy:
+                self._dispatch()
+                continue
             turn: asyncio.Future[None] = self._loop.create_future()
-            self._worker.give(lambda: None, functools.partial(_finish, turn))
+            self._settling.append(turn)
             await turn
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""
         self._closed = True
         self._room.clear()
-
-
-def _finish(turn: asyncio.Future[None], _: None) -> None:
-    if not (turn.done() or turn.get_loop().is_closed()):
-        turn.set_result(None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from logstore.errors import NotAStoreError
+from logstore.storage.kernel_sync import KernelSync
 
 _READ_STEP: Final = 1 << 20
 _FILE_MODE: Final = 0o600
@@ -182,6 +183,15 @@ class Disk:
                 os.fdatasync(fd)
         except OSError as error:
             raise _naming(error, fd) from None
+
+    def kernel_sync(self) -> KernelSync | None:
+        """Return what does `sync` beside the process; None where that cannot be had, or `sync` is not this one."""
+        if type(self).sync is not Disk.sync:
+            return None
+        try:
+            return KernelSync()
+        except OSError:
+            return None
 
     def forget_cache(self, fd: int) -> None:
         """Have the next read come from the device, where the system can do that.

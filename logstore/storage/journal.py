@@ -36,6 +36,7 @@ import msgspec
 from logstore.storage.checksums import PartChecksums
 from logstore.storage.files import Disk
 from logstore.storage.header import HEADER_BYTES, KIND_JOURNAL, FileHeader, decode_header
+from logstore.storage.kernel_sync import Done, KernelSync
 from logstore.storage.record import CHUNK_EVENTS, decode_events, decode_stamp, salvage_frames
 
 PAGE_BYTES: Final = 4096
@@ -115,6 +116,17 @@ class JournalWriter:
     def sync(self) -> None:
         """Return when everything written is on disk; the next batch starts on a fresh page."""
         self._disk.sync(self._fd)
+        self.synced()
+
+    def begin_sync(self, kernel_sync: KernelSync, done: Done) -> bool:
+        """Begin what `sync` does beside this process, as `KernelSync.start`; nothing is written before it has ended.
+
+        When it has ended well, `synced` is to be called.
+        """
+        return kernel_sync.start(self._fd, str(self.path), done)
+
+    def synced(self) -> None:
+        """Note that everything written is on disk."""
         self.durable = self.end
         self._fresh_page = True
 

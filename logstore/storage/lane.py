@@ -30,6 +30,8 @@ from logstore.storage import ids
 from logstore.storage.files import Disk, Lock
 from logstore.storage.header import KIND_JOURNAL, FileHeader, new_salt
 from logstore.storage.journal import MAX_FILE_BYTES, PAGE_BYTES, JournalWriter
+from logstore.storage.kernel_sync import Done as Synced
+from logstore.storage.kernel_sync import KernelSync
 
 _SUFFIX: Final = ".journal"
 _JOURNAL_NAME: Final = re.compile(r"[0-9]{10}\.journal", re.ASCII)
@@ -423,6 +425,21 @@ class Lane:
         """Return when everything written is on disk."""
         assert self.journal is not None
         self.journal.sync()
+        self._witness()
+
+    def begin_sync(self, kernel_sync: KernelSync, done: Synced) -> bool:
+        """Begin what `sync` does, see `JournalWriter.begin_sync`; when it has ended well, `synced` is to be called."""
+        assert self.journal is not None
+        return self.journal.begin_sync(kernel_sync, done)
+
+    def synced(self) -> None:
+        """Note that everything written is on disk: a sync that ran beside this process has ended well."""
+        assert self.journal is not None
+        self.journal.synced()
+        self._witness()
+
+    def _witness(self) -> None:
+        assert self.journal is not None
         self.marks.witness(self.journal.header.number, self.journal.durable)
 
     def rotate(self) -> None:
