@@ -97,6 +97,7 @@ class Tools:
 
     async def stroll(self, to: int, label: str, pause_ms: float, ctx: _Context) -> str:
         """Report steps at a pace of its own."""
+        self._link.tell("started", label=label)
         for step in range(1, to + 1):
             await asyncio.sleep(pause_ms / 1000)
             await ctx.report_progress(step, to, f"{label} {step}")

@@ -194,12 +194,17 @@ async def test_a_stop_does_not_wait_for_a_stream_that_another_worker_does_not_be
 @pytest.mark.slow
 async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, balancer: Balancer) -> None:
     stopping = asyncio.Event()
+    unread: list[str] = []
 
     async def work(client: StubbornClient, number: int) -> list[Call]:
         calls: list[Call] = []
         while not stopping.is_set():
             label = f"{number}-{len(calls)}"
             calls.append(await client.call("stroll", label, to=6, pause_ms=10))
+            if calls[-1].lost:
+                # When uvicorn is told to stop it closes, without a byte, connections of which it has read nothing yet.
+                unread.append(label)
+                continue
             check_counted(calls[-1], 6, f"{label} counted to 6")
             assert calls[-1].result is not None, (
                 f"{label}: {calls[-1].error or [each for each in balancer.log if each.tag in calls[-1].tags]}"
@@ -212,7 +217,13 @@ async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, bala
         for worker in workers:
             await worker.restart()
         stopping.set()
-        assert all(await asyncio.gather(*working))
+        made = await asyncio.gather(*working)
+        begun = {call.name for calls in made for call in calls} - set(unread)
+        await eventually(lambda: begun <= workers.conductor.runs.keys(), "what every worker has begun")
+    # Who makes an unread call again does not make it twice.
+    assert workers.conductor.runs.keys() == begun
+    assert all(made)
+    assert len(unread) <= len(workers)
     assert workers.complaints() == []
 
 
