@@ -95,9 +95,10 @@ class Tools:
         self._link.tell("finished", label=label)
         return f"{label} counted to {to}"
 
-    async def stroll(self, to: int, label: str, pause_ms: float, ctx: _Context) -> str:
-        """Report steps at a pace of its own."""
-        self._link.tell("started", label=label)
+    async def stroll(self, to: int, label: str, pause_ms: float, told: bool, ctx: _Context) -> str:
+        """Report steps at a pace of its own; the test is told of it if it wants that."""
+        if told:
+            self._link.tell("started", label=label)
         for step in range(1, to + 1):
             await asyncio.sleep(pause_ms / 1000)
             await ctx.report_progress(step, to, f"{label} {step}")
@@ -133,8 +134,8 @@ def mcp_server(link: Link, *, auth: bool) -> MCPServer:
         return await tools.count(to, label, close_at, ctx)
 
     @server.tool()
-    async def stroll(to: int, label: str, pause_ms: float, ctx: Context) -> str:
-        return await tools.stroll(to, label, pause_ms, ctx)
+    async def stroll(to: int, label: str, pause_ms: float, ctx: Context, told: bool = False) -> str:
+        return await tools.stroll(to, label, pause_ms, told, ctx)
 
     @server.tool()
     async def announce(to: int, label: str, ctx: Context) -> str:
@@ -161,8 +162,8 @@ def fastmcp_server(link: Link, *, auth: bool) -> FastMCP[None]:
         return await tools.count(to, label, close_at, ctx)
 
     @server.tool
-    async def stroll(to: int, label: str, pause_ms: float, ctx: FastContext) -> str:
-        return await tools.stroll(to, label, pause_ms, ctx)
+    async def stroll(to: int, label: str, pause_ms: float, ctx: FastContext, told: bool = False) -> str:
+        return await tools.stroll(to, label, pause_ms, told, ctx)
 
     @server.tool
     async def announce(to: int, label: str, ctx: FastContext) -> str:

@@ -200,7 +200,7 @@ async def test_a_rolling_restart_under_load_loses_nothing(workers: Workers, bala
         calls: list[Call] = []
         while not stopping.is_set():
             label = f"{number}-{len(calls)}"
-            calls.append(await client.call("stroll", label, to=6, pause_ms=10))
+            calls.append(await client.call("stroll", label, to=6, pause_ms=10, told=True))
             if calls[-1].lost:
                 # When uvicorn is told to stop it closes, without a byte, connections of which it has read nothing yet.
                 unread.append(label)
