@@ -18,16 +18,16 @@ _ORDERS: Final = [
     Mutation(
         "order: an event that the loop has written is shown after its sync",
         "storage/commit.py",
-        "        if sync:\n            self._sync_beside(written)",
-        "        lane.show()\n        if sync:\n            self._sync_beside(written)",
+        "            if sync:\n                self._sync_beside(written)",
+        "            self._lane.show()\n            if sync:\n                self._sync_beside(written)",
         (tests("test_acknowledgement"),),
     ),
     Mutation(
         "order: nothing is written beside a sync",
         "storage/commit.py",
-        'while the loop goes on: in the kernel, or else in the journal\'s thread."""\n        self._busy = True',
-        'while the loop goes on: in the kernel, or else in the journal\'s thread."""',
-        (tests("storage/test_kernel_sync"), POWER),
+        "        return self._at_work is None and not self._pending.ids and self._lane",
+        "        return not self._pending.ids and self._lane",
+        (tests("storage/test_kernel_sync"),),
     ),
     Mutation(
         "order: after a sync a batch begins on a page of its own",

@@ -24,8 +24,8 @@ SYNCS: Final = [
     Mutation(
         "sync: of a batch that the loop has written",
         "storage/commit.py",
-        "        if sync:\n            self._sync_beside(written)\n        else:\n            written(None)",
-        "        written(None)",
+        "            if sync:\n                self._sync_beside(written)",
+        "            if sync:\n                written(None)",
         (tests("test_acknowledgement"), POWER),
     ),
     Mutation(

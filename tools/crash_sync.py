@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class SyncInTurn(KernelSync):
     Attributes:
         is_held: Whether no sync is done until `let_go` is called.
         begun: How many were asked for.
+        watches: Whether the loops can watch descriptors.
     """
 
     def __init__(self, sync: Callable[[int], None]) -> None:
@@ -32,9 +34,12 @@ class SyncInTurn(KernelSync):
         self._asked: _Asked | None = None
         self.is_held = False
         self.begun = 0
+        self.watches = True
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Go on with this loop."""
+        if not self.watches:
+            raise NotImplementedError
         self._loop = loop
         if self._asked is not None:
             loop.call_soon(self._turn)
@@ -65,4 +70,7 @@ class SyncInTurn(KernelSync):
         done(found)
 
     def close(self) -> None:
-        """Give back nothing."""
+        """Tell who waits that the end is not known."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.done(OSError(errno.EIO, "it is not known whether a sync has ended"))

@@ -36,6 +36,9 @@ _REWRITE_EVENTS: Final = 2_000
 _SLOW_COMMIT_S: Final = 1.0
 _WRITTEN_HERE_BYTES: Final = 256 << 10
 """The largest batch that the loop writes itself: a tenth of a millisecond."""
+_SLOW_WRITE_S: Final = 0.02
+_NOT_HERE_S: Final = 5.0
+"""For so long the journal's thread writes, once a write has kept the loop waiting: the disk is busy."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
@@ -86,7 +89,7 @@ class GroupCommit:
         tail: Where events become visible.
         options: Settings.
         seed: Start value of the frames' checksums.
-        kernel_sync: What syncs beside the process; without it the journal's thread does.
+        kernel_sync: Makes what syncs beside the process, on the first loop; without it the journal's thread does.
         others: Returns a number that changes when another lane has written.
         on_visible: Called with the streams of events that became visible.
 
@@ -108,7 +111,7 @@ class GroupCommit:
         tail: Tail,
         options: LogOptions,
         seed: int,
-        kernel_sync: KernelSync | None,
+        kernel_sync: Callable[[], KernelSync | None],
         *,
         others: Callable[[], int],
         on_visible: Callable[[Sequence[StreamTail]], None],
@@ -131,15 +134,18 @@ class GroupCommit:
         self._thread = 0
         self._turn_s = 0.0
         self._sync_due = False
+        self._here_again_s = 0.0
         self._worker = Worker("logstore-journal")
-        self._kernel_sync = kernel_sync
+        self._make_kernel_sync = kernel_sync
+        self._kernel_sync: KernelSync | None = None
         self._settling: list[asyncio.Future[None]] = []
         self._timers = Timers()
         self._pending = _Batch()
         self._scheduled = False
         # Whether the last commit was of one event: then it is not worth a turn of the loop to wait for others.
         self._alone = False
-        self._busy = False
+        # What is told the end of the work that has the journal now.
+        self._at_work: Callable[[Any], None] | None = None
         self._room = asyncio.Event()
         self._room.set()
         self._closed = False
@@ -216,8 +222,8 @@ class GroupCommit:
         while not (self._room.is_set() or self._closed or self.failure):
             if self.stuck is None:
                 await self._room.wait()
-            elif self._busy:
-                # What the journal's thread does belongs to the file that is given up next: its end must be known.
+            elif self._at_work is not None:
+                # What is done to the journal belongs to the file that is given up next: its end must be known.
                 await self._settle()
             else:
                 self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
@@ -233,17 +239,19 @@ class GroupCommit:
             return
         if self._loop is not None and not self._loop.is_closed():
             raise StoreClosedError("the store is used from two event loops at once; open one store for each")
-        self._loop = running
+        first, self._loop = self._loop is None, running
         self._loop_runs = running.is_running
         self._thread = get_ident()
         # Events belong to the loop that they were first waited for on.
         self._room = asyncio.Event()
         self.room_changed()
+        if first:
+            self._kernel_sync = self._make_kernel_sync()
         self._worker.bind(running)
         if self._kernel_sync is not None:
             try:
                 self._kernel_sync.bind(running)
-            except NotImplementedError:
+            except (NotImplementedError, OSError):
                 self._without_kernel_sync()
         self._scheduled = False
         self._schedule()
@@ -260,7 +268,7 @@ class GroupCommit:
         if not batch.waiters:
             batch.began_s = time.monotonic()
         batch.waiters.append(waiter)
-        if self._alone and not self._busy:
+        if self._alone and self._at_work is None:
             self._dispatch()
         elif not self._scheduled:
             self._schedule()
@@ -270,46 +278,65 @@ class GroupCommit:
 
     def _schedule(self) -> None:
         """Hand the queue over once every task that runs in this turn of the loop has added to it."""
-        if not self._scheduled and not self._busy and self._pending.ids and self._loop is not None:
+        if not self._scheduled and self._at_work is None and self._pending.ids and self._loop is not None:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._scheduled = False
-        if self._busy or not self._pending.ids:
+        if self._at_work is not None or not self._pending.ids:
             return
-        batch, self._pending = self._pending, _Batch()
+        batch = self._pending
         self._alone = len(batch.waiters) == 1
         sync, self._sync_due = self._sync_each or self._sync_due, False
-        inline = self._lane.can_write_inline(batch.ids[-1], self._options.journal_file_bytes)
-        if inline and sum(map(len, batch.frames)) <= _WRITTEN_HERE_BYTES:
-            self._commit_here(batch, sync)
+        started_s = time.monotonic()
+        if (
+            started_s >= self._here_again_s
+            and self._lane.can_write_inline(batch.ids[-1], self._options.journal_file_bytes)
+            and sum(map(len, batch.frames)) <= _WRITTEN_HERE_BYTES
+        ):
+            self._commit_here(batch, sync, started_s)
         else:
+            self._pending = _Batch()
             self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
 
-    def _commit_here(self, batch: _Batch, sync: bool) -> None:
-        """Write one batch in this turn of the loop; for the sync the loop does not wait."""
-        lane = self._lane
-        started_s = time.monotonic()
+    def _commit_here(self, batch: _Batch, sync: bool, started_s: float) -> None:
+        """Write one batch in this turn of the loop; for the sync the loop does not wait. Errors are the waiters'."""
+        written = functools.partial(self._written, batch, sync, started_s)
+        self._pending = _Batch()
+        try:
+            self._lane.write(batch.frames, batch.ids[-1])
+            if (now_s := time.monotonic()) - started_s > _SLOW_WRITE_S:
+                self._here_again_s = now_s + _NOT_HERE_S
+            if sync:
+                self._sync_beside(written)
+        except BaseException as error:
+            if not isinstance(error, OSError):
+                # A signal's handler may raise between any two steps: what the kernel was asked for is not known.
+                self._at_work = None
+                self._without_kernel_sync()
+            written(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if not sync:
+                written(None)
 
-        def written(error: Exception | None) -> None:
-            if error is not None:
-                self._committed(batch, sync, error)
-                return
+    def _written(self, batch: _Batch, sync: bool, started_s: float, error: BaseException | None) -> None:
+        """Show a batch that the loop has written, and the kernel synced if that was wanted."""
+        lane = self._lane
+        if error is not None:
+            self._committed(batch, sync, error)
+            return
+        try:
             lane.show()
             assert lane.journal is not None
+            ordinal = lane.journal.header.number
             self._note_commit(started_s)
-            self._committed(batch, sync, lane.journal.header.number)
-
-        try:
-            lane.write(batch.frames, batch.ids[-1])
-        except Exception as error:
-            written(error)
-            return
-        if sync:
-            self._sync_beside(written)
-        else:
-            written(None)
+        except BaseException as problem:
+            self._committed(batch, sync, problem)
+            raise
+        self._committed(batch, sync, ordinal)
 
     def _commit(self, batch: _Batch, sync: bool) -> int:
         """Write one batch, in the journal's thread, and return the ordinal of the file that has it."""
@@ -330,7 +357,7 @@ class GroupCommit:
         self.commit_latencies.record(took_s)
         if took_s > _SLOW_COMMIT_S and self._lane.journal is not None:
             reason = "the disk is slow, or the event loop was kept from its tasks"
-            logger.warning("a commit to %s took %.1f s: %s", self._lane.journal.path, took_s, reason)
+            logger.warning("writing or syncing %s took %.1f s: %s", self._lane.journal.path, took_s, reason)
 
     def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
         if isinstance(result, BaseException):
@@ -387,7 +414,7 @@ class GroupCommit:
             self._sync_due = self._options.durability == "interval"
             return False
         file_bytes = self._options.journal_file_bytes
-        return not self._busy and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
+        return self._at_work is None and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
 
     def _write_now(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         lane = self._lane
@@ -395,10 +422,12 @@ class GroupCommit:
         started_s = time.monotonic() if timed else 0.0
         try:
             lane.write(frames, ids[-1])
-        except OSError as error:
+        except BaseException as error:
             batch = _Batch()
             batch.add(ids, frames, owners)
             self._fail(error, batch)
+            if not isinstance(error, OSError):
+                raise
             if self._raises:
                 raise self._refusal() from error
             return
@@ -412,13 +441,13 @@ class GroupCommit:
         generations = self._tail.generations
         if self.failure is not None or not generations or generations[-1].sealed:
             return
-        if self._busy:
+        if self._at_work is not None:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             return
         generation = generations[-1]
         started_s = time.monotonic()
 
-        def synced(error: Exception | None) -> None:
+        def synced(error: BaseException | None) -> None:
             if error is not None:
                 self._fail(error, _Batch())
             else:
@@ -433,7 +462,7 @@ class GroupCommit:
         generations = self._tail.generations
         if self.failure is not None or not generations or generations[-1].sealed:
             return
-        if self._busy:
+        if self._at_work is not None:
             self._timers.start("rotate", _FIRST_RETRY_S, self.rotate)
             return
         self._give(self._lane.rotate, self._rotated)
@@ -467,9 +496,9 @@ class GroupCommit:
     def _fail(self, error: BaseException, batch: _Batch) -> None:
         """Note that the journal failed, and decide what becomes of everything that it may not hold."""
         if not isinstance(error, OSError):
-            logger.error("the journal's thread failed", exc_info=error)
+            logger.error("a commit was broken off", exc_info=error)
         first = self.failure is None
-        self.failure = self.failure or Failure(str(error), time.time_ns() // 1000)
+        self.failure = self.failure or Failure(str(error) or repr(error), time.time_ns() // 1000)
         self.last_error = str(error)
         if first and self._lane.journal is not None:
             # The file that is given up goes through the checkpoint even if none of its events are visible: left behind,
@@ -508,7 +537,7 @@ class GroupCommit:
         """Try to write everything that no file holds to a new one."""
         if not self._unwritten.gathering:
             return
-        if self._busy:
+        if self._at_work is not None:
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
         if self.stuck is not None and self._tail.unsegmented_bytes - self._unwritten.memory_bytes > self._limit:
@@ -562,21 +591,43 @@ class GroupCommit:
     # The journal's thread, and time.
 
     def _give(self, job: Job, done: Callable[[Any], None]) -> None:
-        """Run a job that needs the journal for itself."""
-        self._busy = True
-        self._worker.give(job, functools.partial(self._finish, done))
+        """Run a job that needs the journal for itself, in its thread."""
+        self._worker.give(job, self._work(done))
 
-    def _sync_beside(self, done: Callable[[Exception | None], None]) -> None:
+    def _work(self, done: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Take the journal, until what is returned is called with how the work ended."""
+
+        def finish(result: Any) -> None:
+            if self._at_work is not finish:
+                # It was given up in the middle.
+                return
+            self._at_work = None
+            try:
+                done(result)
+                self._schedule()
+            finally:
+                settling, self._settling = self._settling, []
+                for turn in settling:
+                    if not (turn.done() or turn.get_loop().is_closed()):
+                        turn.set_result(None)
+
+        self._at_work = finish
+        return finish
+
+    def _sync_beside(self, done: Callable[[BaseException | None], None]) -> None:
         """Sync the journal while the loop goes on: in the kernel, or else in the journal's thread."""
-        self._busy = True
 
         def synced(error: Exception | None) -> None:
-            if error is None:
-                # The thread has noted it already, which is the same twice.
-                self._lane.synced()
+            try:
+                if error is None:
+                    # The thread has noted it already, which is the same twice.
+                    self._lane.synced()
+            except BaseException as problem:
+                done(problem)
+                raise
             done(error)
 
-        finish = functools.partial(self._finish, synced)
+        finish = self._work(synced)
         if self._kernel_sync is not None:
             try:
                 if self._lane.begin_sync(self._kernel_sync, finish):
@@ -587,22 +638,11 @@ class GroupCommit:
             self._without_kernel_sync()
         self._worker.give(self._lane.sync, finish)
 
-    def _finish(self, done: Callable[[Any], None], result: Any) -> None:
-        self._busy = False
-        try:
-            done(result)
-            self._schedule()
-        finally:
-            settling, self._settling = self._settling, []
-            for turn in settling:
-                if not (turn.done() or turn.get_loop().is_closed()):
-                    turn.set_result(None)
-
     def _without_kernel_sync(self) -> None:
         """Leave syncs to the journal's thread from here on."""
-        if self._kernel_sync is not None:
-            self._kernel_sync.close()
-            self._kernel_sync = None
+        kernel_sync, self._kernel_sync = self._kernel_sync, None
+        if kernel_sync is not None:
+            kernel_sync.close()
 
     async def close(self) -> None:
         """Commit what is queued, finish the journal, end the thread.
@@ -631,8 +671,8 @@ class GroupCommit:
     async def _settle(self) -> None:
         """Return when nothing is queued and nobody is at the journal."""
         assert self._loop is not None
-        while self._busy or self._pending.ids:
-            if not self._busy:
+        while self._at_work is not None or self._pending.ids:
+            if self._at_work is None:
                 self._dispatch()
                 continue
             turn: asyncio.Future[None] = self._loop.create_future()

@@ -15,6 +15,7 @@ import errno
 import os
 import platform
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -30,11 +31,11 @@ class _Numbers(NamedTuple):
 _NUMBERS: Final = {"x86_64": _Numbers(206, 209, 208), "aarch64": _Numbers(0, 2, 4)}
 _FDATASYNC: Final = 3
 _TELL_EVENTFD: Final = 1
-_NOT_HERE: Final = frozenset((errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN, errno.EOPNOTSUPP))
-"""Why a sync is not begun: the system, the file system or a filter has none of this, or has it no more."""
+_OF_THE_DISK: Final = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT))
+"""What a disk says; by everything else the system says that it does not begin such a sync, or not now."""
 
 Done = Callable[[OSError | None], None]
-"""Called on the loop once the file is on disk, or with the error."""
+"""Called on the loop once the file is on disk, or with the error; only what the first call says counts."""
 
 
 _spare: Final[list[ctypes.c_ulong]] = []
@@ -76,12 +77,15 @@ class _Event(ctypes.Structure):
 class KernelSync:
     """Syncs one file at a time, beside the event loop that it is bound to.
 
+    A signal's handler may raise anywhere in here: then it is not known what the kernel did, and this is not used again.
+
     Raises:
         OSError: This system has none of it, or no more of it to give.
     """
 
     def __init__(self) -> None:
-        if sys.platform != "linux" or platform.machine() not in _NUMBERS:
+        # The machine is the kernel's, whose numbers are others for a process of 32 bits.
+        if sys.platform != "linux" or platform.machine() not in _NUMBERS or sys.maxsize < 1 << 32:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         self._numbers = _NUMBERS[platform.machine()]
         # None of the calls waits for anything, so that the interpreter's lock need not be given up for them.
@@ -90,12 +94,14 @@ class KernelSync:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._done: Done | None = None
         self._path = ""
+        self._is_sound = True
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Of a store that nobody closed, too.
+        self._close_eventfd = weakref.finalize(self, os.close, self._eventfd)
         try:
-            self._context = _spare.pop() if _spare else self._make_context()
-        except OSError:
-            os.close(self._eventfd)
-            raise
+            self._context = _spare.pop()
+        except IndexError:
+            self._context = self._make_context()
         self._request = _Request(operation=_FDATASYNC, flags=_TELL_EVENTFD, eventfd=self._eventfd)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = _Event()
@@ -114,7 +120,7 @@ class KernelSync:
         """Tell this loop from now on, also the end of what an earlier one did not live to see.
 
         Raises:
-            NotImplementedError: The loop cannot watch a descriptor.
+            NotImplementedError, OSError: The loop cannot watch a descriptor.
         """
         loop.add_reader(self._eventfd, self._take)
         self._loop = loop
@@ -128,35 +134,54 @@ class KernelSync:
             done: Called on the loop.
 
         Returns:
-            False when the file cannot be synced in this way.
+            False when the file is not synced in this way, and will not be.
 
         Raises:
             OSError: The disk refused.
         """
+        if not self._is_sound:
+            return False
+        assert self._done is None
         self._request.fd = fd
+        # It may have ended before the next line.
+        self._path, self._done = path, done
         try:
             self._call(self._numbers.submit, self._context, ctypes.c_long(1), self._requests)
         except OSError as error:
-            if error.errno in _NOT_HERE:
+            self._done = None
+            if error.errno not in _OF_THE_DISK:
+                self._is_sound = False
                 return False
             raise OSError(error.errno, error.strerror, path) from None
-        self._path, self._done = path, done
         return True
 
     def _take(self) -> None:
-        os.eventfd_read(self._eventfd)
-        one = ctypes.c_long(1)
-        self._call(self._numbers.events, self._context, one, one, ctypes.byref(self._event), None)
-        done, self._done = self._done, None
-        assert done is not None
-        done(error_of(self._event.result, self._path))
+        done = self._done
+        try:
+            os.eventfd_read(self._eventfd)
+            one = ctypes.c_long(1)
+            self._call(self._numbers.events, self._context, one, one, ctypes.byref(self._event), None)
+            self._done = None
+            if done is not None:
+                done(error_of(self._event.result, self._path))
+        except BaseException:
+            # Whether it was told is not known; who was does not listen again.
+            self._done = done
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Let go of everything; nothing may be under way."""
+        """Let go of everything; who waits for a sync that is under way is told that its end is not known."""
+        done, self._done = self._done, None
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._eventfd)
-        os.close(self._eventfd)
-        _spare.append(self._context)
+        self._close_eventfd()
+        if self._is_sound and done is None:
+            # Only once, and not with an end in it that the next one would take for that of its own sync.
+            _spare.append(self._context)
+        self._is_sound = False
+        if done is not None:
+            done(OSError(errno.EIO, "it is not known whether a sync has ended", self._path))
 
 
 def error_of(result: int, path: str) -> OSError | None:

@@ -537,7 +537,7 @@ class _Parts:
             tail,
             options,
             seed,
-            disk.kernel_sync(),
+            disk.kernel_sync,
             # What was seen last is enough: a move since then only sends the next read to the disk.
             others=lambda: foreign.moves_seen,
             on_visible=self.followers.grown,

@@ -79,8 +79,8 @@ class Timers:
         self._set.clear()
 
     def start(self, name: str, delay_s: float, action: Callable[[], None]) -> None:
-        """Run an action later, unless one of that name waits already."""
-        if name in self._set or self._loop is None:
+        """Run an action later, unless one of that name waits already, or the loop is closed."""
+        if name in self._set or self._loop is None or self._loop.is_closed():
             return
 
         def fire() -> None:

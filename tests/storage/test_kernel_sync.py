@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from crash_sync import SyncInTurn
 from logstore.errors import WriteFailedError
-from logstore.storage import Log, LogOptions
+from logstore.storage import Log, LogOptions, commit
 from logstore.storage.files import Disk
 from logstore.storage.kernel_sync import Done, KernelSync, error_of
 from tests.engine import deadline, eventually, payloads, small
@@ -56,18 +57,13 @@ async def test_syncs_end_well_one_after_another(tmp_path: Path, kernel_sync: Ker
             assert await synced(kernel_sync, file.fileno()) is None
 
 
-async def test_the_path_is_in_the_error_of_a_sync_that_cannot_begin(kernel_sync: KernelSync) -> None:
-    kernel_sync.bind(asyncio.get_running_loop())
-    with pytest.raises(OSError, match="the file") as caught:
-        kernel_sync.start(1 << 20, "the file", lambda _: None)
-    assert caught.value.errno == errno.EBADF
-
-
 async def test_what_cannot_be_synced_so_is_told(kernel_sync: KernelSync) -> None:
     kernel_sync.bind(asyncio.get_running_loop())
     reading, writing = os.pipe()
     try:
         assert not kernel_sync.start(writing, "a pipe", lambda _: None)
+        # Nor anything else from then on.
+        assert not kernel_sync.start(reading, "a pipe", lambda _: None)
     finally:
         os.close(reading)
         os.close(writing)
@@ -86,7 +82,10 @@ def test_a_loop_hears_of_a_sync_that_an_earlier_one_began(tmp_path: Path, kernel
 
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
-        asyncio.run(begin())
+        # Without the turns that `asyncio.run` takes at its end.
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(begin())
+        loop.close()
         assert not ended
         asyncio.run(hear())
     finally:
@@ -164,6 +163,24 @@ async def test_nothing_is_seen_or_written_before_the_sync_has_ended_which_all_ot
         assert journal_calls(disk) == ["sync", "write", "sync"]
         everything = [b"first", b"second", *(b"%d" % number for number in range(50))]
         assert await payloads(log, "s") == await payloads(other, "s") == everything
+
+
+async def test_with_interval_nothing_is_written_beside_a_sync_either(path: Path) -> None:
+    disk = Beside()
+    async with deadline(), Log(path, unhurried(durability="interval", sync_interval_s=0.01), disk) as log:
+        await log.append("s", b"first")
+        disk.beside.is_held = True
+        begun = disk.beside.begun
+        await log.append("s", b"second")
+        await eventually(lambda: disk.beside.begun > begun)
+        disk.calls.clear()
+        appending = asyncio.create_task(log.append("s", b"third"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert journal_calls(disk) == []
+        disk.beside.let_go()
+        await appending
+        assert await payloads(log, "s") == [b"first", b"second", b"third"]
 
 
 @pytest.mark.promise("failed-file-given-up")
@@ -246,16 +263,9 @@ async def test_where_the_kernel_takes_none_the_thread_syncs(path: Path) -> None:
     assert journal_calls(disk)[:10].count("sync") >= 4
 
 
-class Unwatching(SyncInTurn):
-    """On a loop that watches no descriptors."""
-
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        raise NotImplementedError
-
-
 async def test_a_loop_that_watches_no_descriptors_has_the_thread_sync(path: Path) -> None:
     disk = Beside()
-    disk.beside = Unwatching(disk.sync)
+    disk.beside.watches = False
     async with deadline(), Log(path, unhurried(), disk) as log:
         await log.append("s", b"first")
         await log.append("s", b"second")
@@ -284,3 +294,189 @@ async def test_the_loop_writes_what_is_small_and_the_thread_what_would_keep_it(
         disk.threads.clear()
         await log.append("s", bytes(size))
         assert [thread == threading.get_ident() for thread in disk.threads] == [here]
+
+
+# What raises in the middle.
+
+
+class SignalError(BaseException):
+    """What a signal's handler raises, wherever the program is."""
+
+
+class Interrupting(FaultyDisk):
+    """A disk in whose next write to a journal a signal comes: the write is done, and what called it is broken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = False
+
+    def write(self, fd: int, data: bytes, offset: int) -> None:
+        super().write(fd, data, offset)
+        if self.armed and self._paths[fd].suffix == ".journal":
+            self.armed = False
+            raise SignalError
+
+
+class InterruptedSync(KernelSync):
+    """Breaks off once, before a system call of a kind or after it."""
+
+    def __init__(self, call: str, after: bool, error: BaseException) -> None:
+        super().__init__()
+        self._number = getattr(self._numbers, call)
+        self._after = after
+        self._error = error
+        self.armed = False
+
+    def _call(self, number: int, *arguments: Any) -> None:
+        hit = self.armed and number == self._number
+        if hit and not self._after:
+            self.armed = False
+            raise self._error
+        super()._call(number, *arguments)
+        if hit:
+            self.armed = False
+            raise self._error
+
+
+class WithSync(FaultyDisk):
+    """A disk with a sync beside the process that a test has made."""
+
+    def __init__(self, made: KernelSync) -> None:
+        super().__init__()
+        self.made = made
+
+    def kernel_sync(self) -> KernelSync:
+        return self.made
+
+
+def goes_on_after_a_signal(path: Path, disk: FaultyDisk, arm: Callable[[], None], **options: Any) -> None:
+    """Have a signal break off an append, go on, and check that nothing acknowledged is missing, then or later."""
+    log = Log(path, unhurried(**options), disk)
+    acknowledged: list[bytes] = []
+
+    async def append(first: int, count: int) -> None:
+        async with deadline():
+            for number in range(first, first + count):
+                await log.append("s", b"%d" % number)
+                acknowledged.append(b"%d" % number)
+
+    async def look() -> None:
+        async with deadline():
+            await eventually(lambda: log.health().status == "ok")
+            assert [each for each in await payloads(log, "s") if each in acknowledged] == acknowledged
+            await log.close()
+
+    with asyncio.Runner() as runner:
+        runner.run(append(0, 3))
+        arm()
+        loop = runner.get_loop()
+        task = loop.create_task(append(3, 3))
+        with contextlib.suppress(SignalError):
+            loop.run_until_complete(task)
+        runner.run(append(10, 3))
+        runner.run(look())
+        if not task.done():
+            task.cancel()
+
+    async def left() -> None:
+        async with Log(path) as again:
+            assert [each for each in await payloads(again, "s") if each in acknowledged] == acknowledged
+
+    asyncio.run(left())
+
+
+@pytest.mark.promise("order", "no-hole-passed-over")
+@pytest.mark.parametrize("durability", ["always", "interval", "os"])
+def test_a_signal_in_a_write_loses_nothing(path: Path, durability: Any) -> None:
+    disk = Interrupting()
+
+    def arm() -> None:
+        disk.armed = True
+
+    goes_on_after_a_signal(path, disk, arm, durability=durability)
+    assert not disk.armed
+
+
+@pytest.mark.promise("order", "no-hole-passed-over")
+@pytest.mark.parametrize("error", [SignalError(), OSError(errno.EINVAL, "no such call")], ids=["signal", "error"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", ["submit", "events"])
+def test_what_breaks_off_a_call_of_the_kernel_loses_nothing(
+    path: Path, kernel_sync: KernelSync, call: str, after: bool, error: BaseException
+) -> None:
+    made = InterruptedSync(call, after, error)
+
+    def arm() -> None:
+        made.armed = True
+
+    goes_on_after_a_signal(path, WithSync(made), arm)
+    assert not made.armed
+
+
+def test_a_loop_that_watches_none_does_not_hear_of_a_sync_and_its_events_are_written_again(path: Path) -> None:
+    disk = Beside()
+    log = Log(path, unhurried(), disk)
+
+    async def begin() -> None:
+        await log.append("s", b"first")
+        disk.beside.is_held = True
+        asyncio.create_task(log.append("s", b"second")).add_done_callback(lambda _: None)
+        await eventually(lambda: disk.beside.begun)
+
+    async def go_on() -> list[bytes]:
+        async with deadline(), log:
+            await log.append("s", b"third")
+            return await payloads(log, "s")
+
+    asyncio.run(begin())
+    disk.beside.watches = False
+    assert asyncio.run(go_on()) == [b"first", b"second", b"third"]
+
+
+def test_what_the_thread_began_for_one_loop_is_ended_on_the_next(path: Path) -> None:
+    log = Log(path, unhurried())
+
+    async def begin() -> None:
+        await log.open()
+        # Makes the file, in the thread.
+        asyncio.create_task(log.append("s", b"first")).add_done_callback(lambda _: None)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def go_on() -> list[bytes]:
+        async with deadline(), log:
+            await log.append("s", b"second")
+            return await payloads(log, "s")
+
+    asyncio.run(begin())
+    assert asyncio.run(go_on())[-1:] == [b"second"]
+
+
+async def test_once_a_write_has_kept_the_loop_waiting_the_thread_writes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = OneThread()
+    async with deadline(), Log(path, LogOptions(checkpoint_interval_s=NEVER_S), disk) as log:
+        await log.append("s", b"makes the file")
+        monkeypatch.setattr(commit, "_SLOW_WRITE_S", -1.0)
+        disk.threads.clear()
+        await log.append("s", b"here")
+        await log.append("s", b"there")
+        assert [thread == threading.get_ident() for thread in disk.threads] == [True, False]
+
+
+async def test_a_context_with_an_end_in_it_goes_to_nobody(tmp_path: Path, kernel_sync: KernelSync) -> None:
+    made = KernelSync()
+    ended: list[OSError | None] = []
+    with (tmp_path / "file").open("wb") as file:
+        made.bind(asyncio.get_running_loop())
+        assert made.start(file.fileno(), "the file", ended.append)
+        made.close()
+        made.close()
+        (told,) = ended
+        assert isinstance(told, OSError)
+        assert not made.start(file.fileno(), "the file", ended.append)
+        following = KernelSync()
+        following.bind(asyncio.get_running_loop())
+        assert await synced(following, file.fileno()) is None
+        following.close()
