@@ -18,14 +18,14 @@ _ORDERS: Final = [
     Mutation(
         "order: an event that the loop has written is shown after its sync",
         "storage/commit.py",
-        "            if sync:\n                self._sync_beside(written)",
-        "            self._lane.show()\n            if sync:\n                self._sync_beside(written)",
+        "            if sync:\n                self._work.sync(written)",
+        "            self._lane.show()\n            if sync:\n                self._work.sync(written)",
         (tests("test_acknowledgement"),),
     ),
     Mutation(
         "order: nothing is written beside a sync",
         "storage/commit.py",
-        "        return self._at_work is None and not self._pending.ids and self._lane",
+        "        return self._work.is_free and not self._pending.ids and self._lane",
         "        return not self._pending.ids and self._lane",
         (tests("storage/test_kernel_sync"),),
     ),

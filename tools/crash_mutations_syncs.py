@@ -24,22 +24,22 @@ SYNCS: Final = [
     Mutation(
         "sync: of a batch that the loop has written",
         "storage/commit.py",
-        "            if sync:\n                self._sync_beside(written)",
+        "            if sync:\n                self._work.sync(written)",
         "            if sync:\n                written(None)",
         (tests("test_acknowledgement"), POWER),
     ),
     Mutation(
         "sync: by the kernel",
-        "storage/commit.py",
-        "                if self._lane.begin_sync(self._kernel_sync, finish):\n                    return",
-        "                self._worker.give(lambda: None, finish)\n                return",
+        "storage/journal_work.py",
+        "                if self._lane.begin_sync(self._kernel_sync, end):\n                    return",
+        "                self._worker.give(lambda: None, end)\n                return",
         (tests("storage/test_kernel_sync"), POWER),
     ),
     Mutation(
         "sync: by the journal's thread where the kernel has none",
-        "storage/commit.py",
-        "        self._worker.give(self._lane.sync, finish)",
-        "        self._worker.give(lambda: None, finish)",
+        "storage/journal_work.py",
+        "        self._worker.give(self._lane.sync, end)",
+        "        self._worker.give(lambda: None, end)",
         (tests("test_acknowledgement"),),
     ),
     Mutation(
@@ -150,7 +150,7 @@ SYNCS: Final = [
     Mutation(
         "sync: of what `interval` has written",
         "storage/commit.py",
-        "could fail into it.\n        self._sync_beside(synced)",
+        "could fail into it.\n        self._work.sync(synced)",
         "could fail into it.\n        synced(None)",
         (tests("test_acknowledgement", "test_log"), POWER),
     ),

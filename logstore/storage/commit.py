@@ -16,9 +16,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from logstore.errors import StoreClosedError, WriteFailedError
+from logstore.storage.journal_work import JournalWork
 from logstore.storage.kernel_sync import KernelSync
 from logstore.storage.lane import Lane
 from logstore.storage.latency import Latencies
@@ -26,7 +27,7 @@ from logstore.storage.options import LogOptions
 from logstore.storage.record import Event, check_stream_name, encode_frame
 from logstore.storage.tail import Generation, StreamTail, Tail
 from logstore.storage.unwritten import Unwritten
-from logstore.storage.worker import Job, Timers, Worker
+from logstore.storage.worker import Timers
 
 logger = logging.getLogger("logstore")
 
@@ -135,17 +136,12 @@ class GroupCommit:
         self._turn_s = 0.0
         self._sync_due = False
         self._here_again_s = 0.0
-        self._worker = Worker("logstore-journal")
-        self._make_kernel_sync = kernel_sync
-        self._kernel_sync: KernelSync | None = None
-        self._settling: list[asyncio.Future[None]] = []
+        self._work = JournalWork(lane, kernel_sync, self._schedule)
         self._timers = Timers()
         self._pending = _Batch()
         self._scheduled = False
         # Whether the last commit was of one event: then it is not worth a turn of the loop to wait for others.
         self._alone = False
-        # What is told the end of the work that has the journal now.
-        self._at_work: Callable[[Any], None] | None = None
         self._room = asyncio.Event()
         self._room.set()
         self._closed = False
@@ -222,7 +218,7 @@ class GroupCommit:
         while not (self._room.is_set() or self._closed or self.failure):
             if self.stuck is None:
                 await self._room.wait()
-            elif self._at_work is not None:
+            elif not self._work.is_free:
                 # What is done to the journal belongs to the file that is given up next: its end must be known.
                 await self._settle()
             else:
@@ -239,20 +235,13 @@ class GroupCommit:
             return
         if self._loop is not None and not self._loop.is_closed():
             raise StoreClosedError("the store is used from two event loops at once; open one store for each")
-        first, self._loop = self._loop is None, running
+        self._loop = running
         self._loop_runs = running.is_running
         self._thread = get_ident()
         # Events belong to the loop that they were first waited for on.
         self._room = asyncio.Event()
         self.room_changed()
-        if first:
-            self._kernel_sync = self._make_kernel_sync()
-        self._worker.bind(running)
-        if self._kernel_sync is not None:
-            try:
-                self._kernel_sync.bind(running)
-            except (NotImplementedError, OSError):
-                self._without_kernel_sync()
+        self._work.bind(running)
         self._scheduled = False
         self._schedule()
         self._timers.bind(running)
@@ -268,7 +257,7 @@ class GroupCommit:
         if not batch.waiters:
             batch.began_s = time.monotonic()
         batch.waiters.append(waiter)
-        if self._alone and self._at_work is None:
+        if self._alone and self._work.is_free:
             self._dispatch()
         elif not self._scheduled:
             self._schedule()
@@ -278,13 +267,13 @@ class GroupCommit:
 
     def _schedule(self) -> None:
         """Hand the queue over once every task that runs in this turn of the loop has added to it."""
-        if not self._scheduled and self._at_work is None and self._pending.ids and self._loop is not None:
+        if not self._scheduled and self._work.is_free and self._pending.ids and self._loop is not None:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._scheduled = False
-        if self._at_work is not None or not self._pending.ids:
+        if not (self._work.is_free and self._pending.ids):
             return
         batch = self._pending
         self._alone = len(batch.waiters) == 1
@@ -298,7 +287,7 @@ class GroupCommit:
             self._commit_here(batch, sync, started_s)
         else:
             self._pending = _Batch()
-            self._give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
+            self._work.give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
 
     def _commit_here(self, batch: _Batch, sync: bool, started_s: float) -> None:
         """Write one batch in this turn of the loop; for the sync the loop does not wait. Errors are the waiters'."""
@@ -309,12 +298,11 @@ class GroupCommit:
             if (now_s := time.monotonic()) - started_s > _SLOW_WRITE_S:
                 self._here_again_s = now_s + _NOT_HERE_S
             if sync:
-                self._sync_beside(written)
+                self._work.sync(written)
         except BaseException as error:
             if not isinstance(error, OSError):
                 # A signal's handler may raise between any two steps: what the kernel was asked for is not known.
-                self._at_work = None
-                self._without_kernel_sync()
+                self._work.break_off()
             written(error)
             if not isinstance(error, Exception):
                 raise
@@ -414,7 +402,7 @@ class GroupCommit:
             self._sync_due = self._options.durability == "interval"
             return False
         file_bytes = self._options.journal_file_bytes
-        return self._at_work is None and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
+        return self._work.is_free and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)
 
     def _write_now(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         lane = self._lane
@@ -441,7 +429,7 @@ class GroupCommit:
         generations = self._tail.generations
         if self.failure is not None or not generations or generations[-1].sealed:
             return
-        if self._at_work is not None:
+        if not self._work.is_free:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             return
         generation = generations[-1]
@@ -455,17 +443,17 @@ class GroupCommit:
                 self._note_commit(started_s)
 
         # Appends queue meanwhile: a write beside a sync could fail into it.
-        self._sync_beside(synced)
+        self._work.sync(synced)
 
     def rotate(self) -> None:
         """Finish the journal file, so that a checkpoint can take it."""
         generations = self._tail.generations
         if self.failure is not None or not generations or generations[-1].sealed:
             return
-        if self._at_work is not None:
+        if not self._work.is_free:
             self._timers.start("rotate", _FIRST_RETRY_S, self.rotate)
             return
-        self._give(self._lane.rotate, self._rotated)
+        self._work.give(self._lane.rotate, self._rotated)
 
     def _rotated(self, error: BaseException | None) -> None:
         if error is not None:
@@ -537,7 +525,7 @@ class GroupCommit:
         """Try to write everything that no file holds to a new one."""
         if not self._unwritten.gathering:
             return
-        if self._at_work is not None:
+        if not self._work.is_free:
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
         if self.stuck is not None and self._tail.unsegmented_bytes - self._unwritten.memory_bytes > self._limit:
@@ -546,7 +534,7 @@ class GroupCommit:
         ids, frames = self._unwritten.copy()
         fresh = self.failure is not None
         last_id = ids[-1] if ids else 0
-        self._give(lambda: self._rewrite(ids, frames, fresh), lambda result: self._rewritten(last_id, result))
+        self._work.give(lambda: self._rewrite(ids, frames, fresh), lambda result: self._rewritten(last_id, result))
 
     def _rewrite(self, ids: list[int], frames: list[bytes], fresh: bool) -> int:
         """Write events that no file holds, in the journal's thread; `fresh` to a new file after a failure."""
@@ -588,61 +576,7 @@ class GroupCommit:
         self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
         self.room_changed()
 
-    # The journal's thread, and time.
-
-    def _give(self, job: Job, done: Callable[[Any], None]) -> None:
-        """Run a job that needs the journal for itself, in its thread."""
-        self._worker.give(job, self._work(done))
-
-    def _work(self, done: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Take the journal, until what is returned is called with how the work ended."""
-
-        def finish(result: Any) -> None:
-            if self._at_work is not finish:
-                # It was given up in the middle.
-                return
-            self._at_work = None
-            try:
-                done(result)
-                self._schedule()
-            finally:
-                settling, self._settling = self._settling, []
-                for turn in settling:
-                    if not (turn.done() or turn.get_loop().is_closed()):
-                        turn.set_result(None)
-
-        self._at_work = finish
-        return finish
-
-    def _sync_beside(self, done: Callable[[BaseException | None], None]) -> None:
-        """Sync the journal while the loop goes on: in the kernel, or else in the journal's thread."""
-
-        def synced(error: Exception | None) -> None:
-            try:
-                if error is None:
-                    # The thread has noted it already, which is the same twice.
-                    self._lane.synced()
-            except BaseException as problem:
-                done(problem)
-                raise
-            done(error)
-
-        finish = self._work(synced)
-        if self._kernel_sync is not None:
-            try:
-                if self._lane.begin_sync(self._kernel_sync, finish):
-                    return
-            except OSError as error:
-                finish(error)
-                return
-            self._without_kernel_sync()
-        self._worker.give(self._lane.sync, finish)
-
-    def _without_kernel_sync(self) -> None:
-        """Leave syncs to the journal's thread from here on."""
-        kernel_sync, self._kernel_sync = self._kernel_sync, None
-        if kernel_sync is not None:
-            kernel_sync.close()
+    # Closing.
 
     async def close(self) -> None:
         """Commit what is queued, finish the journal, end the thread.
@@ -665,19 +599,16 @@ class GroupCommit:
             logger.error("%d events were in memory only and are lost: %s", self.volatile_events, self.last_error)
         self.rotate()
         await self._settle()
-        self._worker.stop()
-        self._without_kernel_sync()
+        self._work.close()
 
     async def _settle(self) -> None:
         """Return when nothing is queued and nobody is at the journal."""
         assert self._loop is not None
-        while self._at_work is not None or self._pending.ids:
-            if self._at_work is None:
+        while not self._work.is_free or self._pending.ids:
+            if self._work.is_free:
                 self._dispatch()
-                continue
-            turn: asyncio.Future[None] = self._loop.create_future()
-            self._settling.append(turn)
-            await turn
+            else:
+                await self._work.ended()
 
     def disown(self) -> None:
         """Refuse everything in a forked child, which has neither the thread nor the lane."""
