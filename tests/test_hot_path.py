@@ -90,7 +90,7 @@ async def appending(folder: Path) -> AsyncGenerator[tuple[Work, Work]]:
 
 @asynccontextmanager
 async def queueing(folder: Path) -> AsyncGenerator[tuple[Work, Work]]:
-    """Storing events from many tasks with one commit, as `always` does; what the journal's thread does is not in it."""
+    """Storing events from many tasks with one commit, as `always` does: the loop writes, the kernel syncs."""
     waiting: list[tuple[bytes, asyncio.Future[None]]] = []
 
     async def bare() -> None:
@@ -212,7 +212,7 @@ class Hot(NamedTuple):
 
 PATHS: Final = {
     "append in the call": Hot(appending, 9.7, base, "encode"),
-    "append in a batch": Hot(queueing, 5.2, base, "encode"),
+    "append in a batch": Hot(queueing, 5.5, base, "encode"),
     "replay from memory": Hot(replaying, 3.45, base, "decode"),
     "read from segments": Hot(reading, 2.5, record, "_decode_event"),
     "read from a journal": Hot(recovering, 1.68, record, "_decode_event"),
