@@ -24,8 +24,8 @@ SYNCS: Final = [
     Mutation(
         "sync: of a batch that the loop has written",
         "storage/commit.py",
-        "            if sync:\n                self._work.sync(written)",
-        "            if sync:\n                written(None)",
+        "                self._work.sync(written)\n",
+        "                written(None)\n",
         (tests("test_acknowledgement"), POWER),
     ),
     Mutation(

@@ -52,9 +52,12 @@ class Failure(NamedTuple):
 
 
 class _Batch:
-    """Events queued for one commit, in step, and who waits for it, the first since `began_s`."""
+    """Events queued for one commit, in step, and who waits for it, the first since `began_s`.
 
-    __slots__ = ("began_s", "frames", "ids", "owners", "waiters")
+    Once it `is_decided` the events are shown, or their file was given up.
+    """
+
+    __slots__ = ("began_s", "frames", "ids", "is_decided", "owners", "waiters")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -62,6 +65,7 @@ class _Batch:
         self.owners: list[StreamTail] = []
         self.waiters: list[asyncio.Future[None]] = []
         self.began_s = 0.0
+        self.is_decided = False
 
     def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         self.ids += ids
@@ -299,27 +303,26 @@ class GroupCommit:
                 self._here_again_s = now_s + _NOT_HERE_S
             if sync:
                 self._work.sync(written)
-        except BaseException as error:
-            if not isinstance(error, OSError):
-                # A signal's handler may raise between any two steps: what the kernel was asked for is not known.
-                self._work.break_off()
-            written(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            if not sync:
+            else:
                 written(None)
+        except BaseException as error:
+            # A signal's handler may raise between any two steps: the file is given up then, as after an error of it.
+            was_decided = batch.is_decided
+            written(error)
+            if was_decided or not isinstance(error, Exception):
+                raise
 
     def _written(self, batch: _Batch, sync: bool, started_s: float, error: BaseException | None) -> None:
-        """Show a batch that the loop has written, and the kernel synced if that was wanted."""
-        lane = self._lane
+        """Show a batch that the loop has written, and synced if that was wanted; only the first call counts."""
+        if batch.is_decided:
+            return
         if error is not None:
             self._committed(batch, sync, error)
             return
         try:
-            lane.show()
-            assert lane.journal is not None
-            ordinal = lane.journal.header.number
+            self._lane.show()
+            assert self._lane.journal is not None
+            ordinal = self._lane.journal.header.number
             self._note_commit(started_s)
         except BaseException as problem:
             self._committed(batch, sync, problem)
@@ -348,6 +351,7 @@ class GroupCommit:
             logger.warning("writing or syncing %s took %.1f s: %s", self._lane.journal.path, took_s, reason)
 
     def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
+        batch.is_decided = True
         if isinstance(result, BaseException):
             self._fail(result, batch)
             return

@@ -77,6 +77,11 @@ class JournalWork:
             except OSError as error:
                 end(error)
                 return
+            except BaseException as error:
+                # A signal's handler has raised: what the kernel was asked for is not known.
+                self._drop_kernel_sync()
+                end(error)
+                raise
             self._drop_kernel_sync()
         self._worker.give(self._lane.sync, end)
 
@@ -85,7 +90,7 @@ class JournalWork:
 
         def end(result: Any) -> None:
             if self._ending is not end:
-                # It was broken off.
+                # Told already.
                 return
             self._ending, self.is_free = None, True
             try:
@@ -99,11 +104,6 @@ class JournalWork:
 
         self._ending, self.is_free = end, False
         return end
-
-    def break_off(self) -> None:
-        """Listen no more to how a sync ends of which it is not even known whether it began."""
-        self._ending, self.is_free = None, True
-        self._drop_kernel_sync()
 
     def _drop_kernel_sync(self) -> None:
         kernel_sync, self._kernel_sync = self._kernel_sync, None
