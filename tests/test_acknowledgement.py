@@ -16,7 +16,7 @@ from logstore.ops.access import StoreView
 from logstore.storage import Log, LogOptions
 from logstore.storage.files import Disk
 from tests.engine import deadline, eventually, payloads, read_all, small
-from tests.storage.disks import FaultyDisk
+from tests.storage.disks import FaultyDisk, HeldDisk
 
 MODES = ("always", "interval", "os")
 NEVER_S = 1e9
@@ -163,41 +163,6 @@ async def test_a_session_takes_what_is_in_its_streams_to_the_disk_when_it_moves(
         disk.cut_power(path.parent, tmp_path / "cut")
     async with Log(tmp_path / "cut" / "events.db") as log:
         assert await payloads(log, "s") == [b"first"]
-
-
-class HeldDisk(Disk):
-    """The real disk, on which a sync of a journal takes as long as a test wants.
-
-    Attributes:
-        syncs: How many have begun.
-    """
-
-    def __init__(self) -> None:
-        self._journals: set[int] = set()
-        self._may_go_on = threading.Event()
-        self._may_go_on.set()
-        self.syncs = 0
-
-    def hold(self) -> None:
-        """Let no sync end from here on."""
-        self._may_go_on.clear()
-
-    def let_go(self) -> None:
-        """Let them end."""
-        self._may_go_on.set()
-
-    def create(self, path: Path) -> int:
-        fd = super().create(path)
-        self._journals.discard(fd)
-        if path.suffix == ".journal":
-            self._journals.add(fd)
-        return fd
-
-    def sync(self, fd: int) -> None:
-        if fd in self._journals:
-            self.syncs += 1
-            self._may_go_on.wait()
-        super().sync(fd)
 
 
 SMALL, LARGE = b"", bytes(300 << 10)

@@ -99,6 +99,27 @@ _ORDERS: Final = [
         (tests("mcp/test_layer_faults", "test_processes", "test_acknowledgement", "test_log"),),
     ),
     Mutation(
+        "order: what a session has queued is written before it is released",
+        "storage/checkpointer.py",
+        "        await self._commit.flush()\n",
+        "",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
+        "order: a response leaves when its events are stored",
+        "mcp/outbox.py",
+        "            if waiting is not None:\n                await waiting\n",
+        "",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
+        "order: nothing of a response leaves before what waits",
+        "mcp/outbox.py",
+        "        return self._sender is None and self._stored(self._session.newest) is None\n",
+        "        return self._stored(self._session.newest) is None\n",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
         "order: a backup holds the segments before it asks which there are",
         "ops/backup/create.py",
         '            held.enter_context(wait_for_lock(store.disk, store.root / "removal.lock", shared=True))\n'

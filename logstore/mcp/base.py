@@ -46,8 +46,14 @@ class EventLog(Protocol):
         """Append one event and return its id."""
         ...
 
-    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, asyncio.Future[None] | None] | None:
+    def add(
+        self, stream: str, payload: bytes, flags: int = 0, *, wait: bool = True
+    ) -> tuple[int, asyncio.Future[None] | None] | None:
         """Take an event; return its id and what to await. None when `append` is to be used."""
+        ...
+
+    def stored(self, event_id: int) -> asyncio.Future[None] | None:
+        """Return what is done when an event is stored that was added without waiting; None when it is."""
         ...
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:

@@ -18,7 +18,8 @@ from pydantic_core import from_json
 from starlette.responses import Response
 from starlette.types import Message, Receive, Send
 
-from logstore.mcp.scope import RequestId
+from logstore.mcp.outbox import Outbox, Stored
+from logstore.mcp.scope import RequestId, SessionScope
 
 logger = logging.getLogger("logstore.mcp")
 
@@ -74,8 +75,10 @@ class Connection:
 
     __slots__ = (
         "_again",
+        "_complete",
         "_ending",
         "_interrupted",
+        "_outbox",
         "_pieces",
         "_receive",
         "_receiving",
@@ -101,6 +104,9 @@ class Connection:
         self._ending = False
         self._interrupted = False
         self._starting: asyncio.Event | None = None
+        self._outbox: Outbox | None = None
+        # Whether the last part of the response was given to `send`.
+        self._complete = False
         self.stream = ""
         self.began_ns = time.time_ns()
         # A client may send a byte at a time: put together once, not anew with each.
@@ -179,9 +185,13 @@ class Connection:
             if self.on_received is not None:
                 self.on_received(self)
 
+    def hold_back(self, session: SessionScope, stored: Stored) -> None:
+        """Let no part of the body go out before the events of a session are stored that it may show."""
+        self._outbox = Outbox(self._pass_on, session, stored)
+
     async def send(self, message: Message) -> None:
         """Send a part of the response; nothing goes out once the connection was ended."""
-        if self.ended or self.finished:
+        if self.ended or self._complete or self.finished:
             return
         if message["type"] == "http.response.start":
             await self._start(message)
@@ -189,6 +199,15 @@ class Connection:
         if self._starting is not None:
             # A ping, which another task sends, must not overtake the beginning.
             await self._starting.wait()
+        more = message.get("more_body", False)
+        self._complete = not more
+        if self._outbox is None or self._outbox.is_clear():
+            await self._pass_on(message)
+        else:
+            await self._outbox.put(message.get("body", b""), more=more)
+
+    async def _pass_on(self, message: Message) -> None:
+        """Give a part of the body to the server."""
         if not message.get("more_body", False):
             self.finished = True
         await self._send(message)
@@ -222,6 +241,8 @@ class Connection:
         self._ending = True
         if not self.ended and (self.resumable or not (self.body or self._pieces)):
             self.ended = True
+            if self._outbox is not None:
+                self._outbox.clear()
             if self._receiving is not None:
                 self._interrupted = True
                 self._receiving.cancel()
@@ -232,18 +253,32 @@ class Connection:
         Args:
             last: What to send before the end, if no event id went out.
         """
-        if not self.finished and (self.status or self.ended):
-            self.finished = True
-            with anyio.move_on_after(_FINISH_S, shield=True):
-                try:
-                    if not self.status:
-                        await self._send(_EMPTY_STREAM)
-                    if last and not self.resumable:
-                        await self._send({"type": "http.response.body", "body": last, "more_body": True})
-                    await self._send(_END)
-                except Exception as error:
-                    # The server's own way to say that the client is gone.
-                    logger.debug("a response could not be finished: %s", error)
+        if self.finished or not (self.status or self.ended):
+            return
+        with anyio.move_on_after(_FINISH_S, shield=True):
+            try:
+                await self._finish(last)
+            except Exception as error:
+                # The server's own way to say that the client is gone.
+                logger.debug("a response could not be finished: %s", error)
+        self.finished = True
+        if self._outbox is not None:
+            self._outbox.close()
+
+    async def _finish(self, last: bytes) -> None:
+        if not self.status:
+            await self._send(_EMPTY_STREAM)
+        outbox = self._outbox
+        if outbox is not None and (outbox.is_sending or not self.ended):
+            await outbox.empty()
+        if self.finished:
+            return
+        body = b"" if self.resumable else last
+        if outbox is None or self.ended or not body:
+            await self._pass_on({**_END, "body": body})
+        else:
+            # The id of an event that may not be stored yet.
+            await outbox.put(body, more=False)
 
 
 class Connections:

@@ -178,6 +178,8 @@ class ResumeLayer:
                 self.connections.add(session.begin(request_id), connection)
 
         connection.on_received = note
+        if (log := self._store.opened) is not None:
+            connection.hold_back(session, log.stored)
         if connection.received:
             connection.rewind()
             note(connection)

@@ -108,11 +108,14 @@ class MemoryLog:
         """Append one event and return its id."""
         return str(self.add(stream, payload, flags)[0])
 
-    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, None]:
+    def add(self, stream: str, payload: bytes, flags: int = 0, *, wait: bool = True) -> tuple[int, None]:
         """Append one event; return its id, and that nothing is to be awaited."""
         self._check_open()
         _check(stream, payload)
         return self._append(stream, payload, flags).id, None
+
+    def stored(self, event_id: int) -> None:
+        """Return that an event is stored, as every one is."""
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events and return their ids; all or none."""

@@ -35,10 +35,11 @@ class SessionScope:
         running: Names of the streams of requests that wait for their answer.
         primed: Ids of the priming events of streams whose first response has not ended, by name.
         unrecorded: The one stream id that is not stored: of the request by which a session is revived.
+        newest: Id of its newest event.
         closed: Whether nothing is stored for it any more: another process may serve it now.
     """
 
-    __slots__ = ("_names", "_text_ids", "closed", "prefix", "primed", "running", "token", "unrecorded")
+    __slots__ = ("_names", "_text_ids", "closed", "newest", "prefix", "primed", "running", "token", "unrecorded")
 
     def __init__(self, token: str | None = None) -> None:
         self.token = token or secrets.token_hex(_TOKEN_BYTES)
@@ -46,6 +47,7 @@ class SessionScope:
         self.running: set[str] = set()
         self.primed: dict[str, str] = {}
         self.unrecorded: str | None = None
+        self.newest = 0
         self.closed = False
         self._text_ids: set[str] = set()
         # Of streams whose request is running: names are asked for with every event.

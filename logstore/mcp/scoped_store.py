@@ -34,6 +34,8 @@ class ScopedEventStore(EventStore):
     async def store_event(self, stream_id: str, message: JSONRPCMessage | None) -> str:
         """Store an event of the running session; never raises, see `logstore.mcp.sdk.called_by_transport`.
 
+        On return it may not be on disk yet: nothing that shows it leaves before, see `Outbox`.
+
         Returns:
             The event id; an empty string, which the SDK sends as no id, when the store is closed or broken, and when
             nothing of this is to be stored.
@@ -48,7 +50,15 @@ class ScopedEventStore(EventStore):
         try:
             log = self._store.opened or await self._store.log()
             payload, flags = encode_for_transport(stream_id, message)
-            event_id = await log.append(name, payload, flags)
+            # The response waits for what it shows, see `Outbox`. Nobody's has none.
+            added = log.add(name, payload, flags, wait=session is self._nobody)
+            if added is None:
+                event_id = await log.append(name, payload, flags)
+            else:
+                session.newest, stored = added
+                event_id = str(session.newest)
+                if stored is not None:
+                    await stored
         except Exception:
             logger.exception("an event of stream %r was sent without being stored", stream_id[:80])
             event_id = ""

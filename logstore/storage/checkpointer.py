@@ -106,11 +106,12 @@ class Checkpointer:
         return generations
 
     async def empty(self, prefix: str) -> None:
-        """Return when the events are in segments that are visible now on streams whose names begin so.
+        """Return when the events are in segments that were added before to streams whose names begin so.
 
         Raises:
             WriteFailedError: They cannot be brought there.
         """
+        await self._commit.flush()
         newest = self._tail.newest_unsegmented(prefix)
         while newest in self._tail.generations:
             failure = self._commit.failure

@@ -11,6 +11,7 @@ ids, as soon as one can be had. Until then events are volatile: in bounded memor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -40,6 +41,8 @@ _WRITTEN_HERE_BYTES: Final = 256 << 10
 _SLOW_WRITE_S: Final = 0.02
 _NOT_HERE_S: Final = 5.0
 """For so long the journal's thread writes, once a write has kept the loop waiting: the disk is busy."""
+_MOST_UNHEARD: Final = 1_000
+"""So many events may be queued by who does not wait for them: a disk that is slow must not fill the memory."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
@@ -52,12 +55,12 @@ class Failure(NamedTuple):
 
 
 class _Batch:
-    """Events queued for one commit, in step, and who waits for it, the first since `began_s`.
+    """Events queued for one commit, in step, by so many `appends`, the first at `began_s`, and who waits for it.
 
     Once it `is_decided` the events are shown, or their file was given up.
     """
 
-    __slots__ = ("began_s", "frames", "ids", "is_decided", "owners", "waiters")
+    __slots__ = ("appends", "began_s", "frames", "ids", "is_decided", "owners", "waiters")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -65,12 +68,18 @@ class _Batch:
         self.owners: list[StreamTail] = []
         self.waiters: list[asyncio.Future[None]] = []
         self.began_s = 0.0
+        self.appends = 0
         self.is_decided = False
 
     def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         self.ids += ids
         self.frames += frames
         self.owners += owners
+
+    def note_append(self) -> None:
+        if not self.appends:
+            self.began_s = time.monotonic()
+        self.appends += 1
 
     def release(self, error: Exception | None = None) -> None:
         """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
@@ -143,6 +152,7 @@ class GroupCommit:
         self._work = JournalWork(lane, kernel_sync, self._schedule)
         self._timers = Timers()
         self._pending = _Batch()
+        self._in_flight: _Batch | None = None
         self._scheduled = False
         # Whether the last commit was of one event: then it is not worth a turn of the loop to wait for others.
         self._alone = False
@@ -165,8 +175,12 @@ class GroupCommit:
         """Whether an event may be added at once; if not, `ready` is to be awaited first."""
         return self._loop_runs() and get_ident() == self._thread and self._room.is_set()
 
-    def add(self, stream: str, payload: bytes, flags: int) -> tuple[int, asyncio.Future[None] | None]:
+    def add(
+        self, stream: str, payload: bytes, flags: int, *, wait: bool = True
+    ) -> tuple[int, asyncio.Future[None] | None]:
         """Add one event; return its id and what is done when it is as durable as the options say, None when it is.
+
+        With `wait=False` there is None also where `stored` tells it later, unless very much is queued.
 
         Not a coroutine: one more of them that is entered again after the commit would be a twentieth of an append.
         """
@@ -184,7 +198,10 @@ class GroupCommit:
             pending.ids.append(event_id)
             pending.frames.append(frame)
             pending.owners.append(owner)
-            return event_id, self._commit_of(pending)
+            if wait or len(pending.ids) > _MOST_UNHEARD:
+                return event_id, self._commit_of(pending)
+            pending.note_append()
+            self._schedule()
         return event_id, None
 
     def add_many(self, items: Sequence[tuple[str, bytes, int]]) -> tuple[list[int], asyncio.Future[None] | None]:
@@ -255,11 +272,26 @@ class GroupCommit:
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
         self.on_bind()
 
+    def stored(self, event_id: int) -> asyncio.Future[None] | None:
+        """Return what is done when an event of this lane is as durable as the options say; None when it is."""
+        for batch in (self._pending, self._in_flight):
+            if batch is not None and batch.ids and batch.ids[0] <= event_id <= batch.ids[-1]:
+                waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
+                batch.waiters.append(waiter)
+                return waiter
+        return None
+
+    async def flush(self) -> None:
+        """Return when every event that was added before is as durable as the options say, or was refused."""
+        newest = self._pending if self._pending.ids else self._in_flight
+        if newest is not None and (waiter := self.stored(newest.ids[-1])) is not None:
+            with contextlib.suppress(WriteFailedError):
+                await waiter
+
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""
         waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
-        if not batch.waiters:
-            batch.began_s = time.monotonic()
+        batch.note_append()
         batch.waiters.append(waiter)
         if self._alone and self._work.is_free:
             self._dispatch()
@@ -279,8 +311,8 @@ class GroupCommit:
         self._scheduled = False
         if not (self._work.is_free and self._pending.ids):
             return
-        batch = self._pending
-        self._alone = len(batch.waiters) == 1
+        batch = self._in_flight = self._pending
+        self._alone = batch.appends == 1
         sync, self._sync_due = self._sync_each or self._sync_due, False
         started_s = time.monotonic()
         if (
@@ -352,12 +384,13 @@ class GroupCommit:
 
     def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
         batch.is_decided = True
+        self._in_flight = None
         if isinstance(result, BaseException):
             self._fail(result, batch)
             return
         self._show(self._current(result), batch.ids, batch.frames, batch.owners, synced=synced)
         batch.release()
-        self.append_latencies.record(time.monotonic() - batch.began_s, len(batch.waiters))
+        self.append_latencies.record(time.monotonic() - batch.began_s, batch.appends)
 
     def _current(self, ordinal: int) -> Generation:
         """Return the generation of the file just written; the ones before it are finished."""

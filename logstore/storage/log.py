@@ -208,11 +208,20 @@ class Log:
             await committed
         return str(event_id)
 
-    def add(self, stream: str, payload: bytes, flags: int = 0) -> tuple[int, asyncio.Future[None] | None] | None:
+    def add(
+        self, stream: str, payload: bytes, flags: int = 0, *, wait: bool = True
+    ) -> tuple[int, asyncio.Future[None] | None] | None:
         """Take an event without waiting; return its id and what is to be awaited, None where nothing is.
 
         The event is stored, as durably as `append` says, when that is done. For who appends for others: a coroutine
         less, a fifteenth of an append.
+
+        Args:
+            stream: As `append`.
+            payload: As `append`.
+            flags: As `append`.
+            wait: False for who asks `stored` later, before anybody is shown the id: nothing is to be awaited then, as
+                long as no thousand events are queued.
 
         Returns:
             None when there is something to wait for first, as before the first call: then `append` is to be used.
@@ -221,7 +230,16 @@ class Log:
             InvalidStreamError, InvalidMessageError, WriteFailedError: As `append`.
         """
         parts = self._parts
-        return None if parts is None or not parts.commit.is_ready() else parts.commit.add(stream, payload, flags)
+        if parts is None or not parts.commit.is_ready():
+            return None
+        return parts.commit.add(stream, payload, flags, wait=wait)
+
+    def stored(self, event_id: int) -> asyncio.Future[None] | None:
+        """Return what is done when an event of this log is stored, as durably as `append` says; None when it is.
+
+        While the disk fails and the policy is `degrade` that is in memory; with `raise` the future raises.
+        """
+        return None if self._parts is None else self._parts.commit.stored(event_id)
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events `(stream, payload, flags)` in one commit and return their ids in the order given.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,3 +155,38 @@ class CrashDisk(Disk):
         """Yield, without end, what the disk may hold after a power cut at this moment."""
         while True:
             yield self._state.after_cut(rng, torn=True)
+
+
+class HeldDisk(Disk):
+    """The real disk, on which a sync of a journal takes as long as a test wants.
+
+    Attributes:
+        syncs: How many have begun.
+    """
+
+    def __init__(self) -> None:
+        self._journals: set[int] = set()
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
+        self.syncs = 0
+
+    def hold(self) -> None:
+        """Let no sync end from here on."""
+        self._may_go_on.clear()
+
+    def let_go(self) -> None:
+        """Let them end."""
+        self._may_go_on.set()
+
+    def create(self, path: Path) -> int:
+        fd = super().create(path)
+        self._journals.discard(fd)
+        if path.suffix == ".journal":
+            self._journals.add(fd)
+        return fd
+
+    def sync(self, fd: int) -> None:
+        if fd in self._journals:
+            self.syncs += 1
+            self._may_go_on.wait()
+        super().sync(fd)

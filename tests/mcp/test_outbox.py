@@ -1,0 +1,327 @@
+"""What a response shows is stored before it leaves, and nobody waits longer for that than needed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from starlette.types import Message
+
+from logstore.mcp import PersistentEventStore
+from logstore.mcp.connections import Connection
+from logstore.mcp.outbox import Outbox
+from logstore.mcp.scope import SessionScope
+from logstore.storage import Log, LogOptions
+from tests.engine import deadline, eventually, payloads, small
+from tests.mcp.serving import Steps
+from tests.mcp.strict_client import StrictClient
+from tests.mcp.test_connections import never
+from tests.mcp.test_http import answers_of, progress_of
+from tests.mcp.test_resume import serving
+from tests.storage.disks import HeldDisk
+
+START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+NEVER_S = 1e9
+
+
+class Response:
+    """A response, whose events are stored when a test says so, and whose server may fail or wait."""
+
+    def __init__(self) -> None:
+        self.session = SessionScope()
+        self.sent: list[tuple[bytes, bool]] = []
+        self.waiting: dict[int, asyncio.Future[None]] = {}
+        self.may_send = asyncio.Event()
+        self.may_send.set()
+        self.problem: Exception | None = None
+
+    def stored(self, event_id: int) -> asyncio.Future[None] | None:
+        waiting = self.waiting.get(event_id)
+        # A waiter of its own for each, as the log gives.
+        return None if waiting is None else asyncio.ensure_future(self._until(waiting))
+
+    async def _until(self, waiting: asyncio.Future[None]) -> None:
+        await asyncio.shield(waiting)
+
+    def add(self, event_id: int) -> None:
+        """Add an event that is not stored yet."""
+        self.session.newest = event_id
+        self.waiting[event_id] = asyncio.get_running_loop().create_future()
+
+    def store(self, *event_ids: int) -> None:
+        for event_id in event_ids:
+            self.waiting.pop(event_id).set_result(None)
+
+    async def send(self, message: Message) -> None:
+        if self.problem is not None:
+            raise self.problem
+        if message["type"] == "http.response.body":
+            self.sent.append((message["body"], message["more_body"]))
+        await self.may_send.wait()
+
+    def outbox(self) -> Outbox:
+        return Outbox(self.send, self.session, self.stored)
+
+    async def connection(self, request: bytes = b"{}") -> Connection:
+        """A connection whose response has begun."""
+        connection = Connection(never, self.send)
+        connection.body, connection.received = request, True
+        connection.hold_back(self.session, self.stored)
+        await connection.send(START)
+        return connection
+
+    async def is_quiet(self) -> bool:
+        """Whether everybody had a turn, and nothing was sent."""
+        before = list(self.sent)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return self.sent == before
+
+
+def body(data: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+@pytest.mark.promise("stored-before-sent")
+async def test_parts_wait_for_their_events_and_leave_together() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        for event_id in (1, 2, 3):
+            response.add(event_id)
+            await connection.send(body(b"id: %d\r\n\r\n" % event_id))
+        assert await response.is_quiet()
+        assert response.sent == []
+        response.store(1, 2)
+        await eventually(lambda: bool(response.sent), "what is stored")
+        assert response.sent == [(b"id: 1\r\n\r\nid: 2\r\n\r\n", True)]
+        ending = asyncio.create_task(connection.send(body(b"end", more=False)))
+        assert await response.is_quiet()
+        assert not ending.done()
+        response.store(3)
+        await ending
+        assert response.sent[1:] == [(b"id: 3\r\n\r\nend", False)]
+        assert connection.finished
+        assert connection.resumable
+
+
+async def test_what_waits_for_nothing_leaves_at_once() -> None:
+    response = Response()
+    connection = await response.connection()
+    await connection.send(body(b"a"))
+    await connection.send(body(b"b", more=False))
+    assert response.sent == [(b"a", True), (b"b", False)]
+    await connection.send(body(b"too late"))
+    assert len(response.sent) == 2
+
+
+async def test_no_part_overtakes_one_that_waits_or_is_being_sent() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"1"))
+        # Stored already, as a ping is.
+        response.session.newest = 0
+        await connection.send(body(b"ping"))
+        assert await response.is_quiet()
+        response.may_send.clear()
+        response.store(1)
+        await eventually(lambda: bool(response.sent), "the first")
+        await connection.send(body(b"another"))
+        assert await response.is_quiet()
+        response.may_send.set()
+        await connection.send(body(b"", more=False))
+    assert response.sent == [(b"1ping", True), (b"another", False)]
+
+
+@pytest.mark.promise("memory-bounded")
+async def test_a_client_that_does_not_read_holds_up_who_sends() -> None:
+    response = Response()
+    outbox = response.outbox()
+    async with deadline():
+        response.add(1)
+        await outbox.put(bytes(40 << 10), more=True)
+        putting = asyncio.create_task(outbox.put(bytes(40 << 10), more=True))
+        assert await response.is_quiet()
+        assert not putting.done()
+        response.may_send.clear()
+        response.store(1)
+        await eventually(lambda: bool(response.sent), "what was put")
+        assert not putting.done()
+        response.may_send.set()
+        await putting
+        assert outbox.is_clear()
+
+
+async def test_who_is_cancelled_takes_nothing_along() -> None:
+    response = Response()
+    outbox = response.outbox()
+    async with deadline():
+        response.add(1)
+        await outbox.put(b"1", more=True)
+        putting = asyncio.create_task(outbox.put(b"2", more=False))
+        await asyncio.sleep(0)
+        putting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+        response.store(1)
+        await outbox.empty()
+    assert response.sent == [(b"12", False)]
+
+
+async def test_that_a_part_cannot_be_sent_is_told_to_who_sends_the_next() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"1"))
+        response.problem = OSError("gone")
+        response.store(1)
+        assert await response.is_quiet()
+        for _ in range(2):
+            with pytest.raises(OSError, match="gone"):
+                await connection.send(body(b"2"))
+        await connection.finish()
+    assert response.sent == []
+
+
+async def test_of_a_connection_that_was_ended_nothing_leaves_but_its_end() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        await connection.send(body(b"id: 1\r\n\r\n"))
+        response.add(2)
+        await connection.send(body(b"id: 2\r\n\r\n"))
+        ending = asyncio.create_task(connection.send(body(b"", more=False)))
+        await asyncio.sleep(0)
+        connection.end()
+        await connection.finish()
+        assert response.sent == [(b"id: 1\r\n\r\n", True), (b"", False)]
+        response.store(2)
+        assert await response.is_quiet()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+
+
+async def test_a_connection_is_ended_behind_the_id_that_lets_its_client_come_back() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"id: 1\r\n\r\n"))
+        connection.end()
+        assert not connection.ended
+        response.store(1)
+        await eventually(lambda: connection.ended, "its end")
+        await connection.send(body(b"id: 2\r\n\r\n"))
+        await connection.finish()
+    assert response.sent == [(b"id: 1\r\n\r\n", True), (b"", False)]
+
+
+async def test_what_waits_when_the_sdk_has_ended_is_still_sent() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"id: 1\r\n\r\n"))
+        finishing = asyncio.create_task(connection.finish(b"id: 0\r\n\r\n"))
+        assert await response.is_quiet()
+        response.store(1)
+        await finishing
+    # Not the id behind it: its client would come back with that, and get the event again.
+    assert response.sent == [(b"id: 1\r\n\r\n", True), (b"", False)]
+
+
+async def test_the_id_to_come_back_with_is_stored_before_it_leaves() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        finishing = asyncio.create_task(connection.finish(b"id: 1\r\n\r\n"))
+        assert await response.is_quiet()
+        assert response.sent == []
+        response.store(1)
+        await finishing
+    assert response.sent == [(b"id: 1\r\n\r\n", False)]
+
+
+async def test_a_response_whose_event_is_never_stored_ends_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logstore.mcp.connections._FINISH_S", 0)
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"id: 1\r\n\r\n"))
+        await connection.finish()
+        assert connection.finished
+        response.store(1)
+        assert await response.is_quiet()
+    assert response.sent == []
+
+
+# With a server and a log.
+
+
+@pytest.mark.promise("stored-before-sent", "one-sync-for-all")
+async def test_a_client_sees_nothing_that_is_not_on_disk_and_its_call_goes_on_meanwhile(tmp_path: Path) -> None:
+    disk, steps = HeldDisk(), Steps()
+    store = PersistentEventStore(tmp_path / "events.db", disk=disk)
+    async with serving("mcpserver", steps, store) as (port, _), StrictClient.connected(port) as client:
+        disk.hold()
+        syncs = disk.syncs
+        async with client.call(1, "count", to=3, label="n") as stream:
+            arriving = asyncio.create_task(stream.rest())
+            steps.allow(1)
+            await steps.until(1)
+            await eventually(lambda: disk.syncs > syncs, "a sync")
+            # The SDK takes the next message when it has given the one before away: it need not wait for the disk.
+            steps.allow(2)
+            await steps.until(3)
+            assert not arriving.done()
+            assert stream.response.status_code == 200
+            assert stream.response.num_bytes_downloaded == 0
+            disk.let_go()
+            events = await arriving
+        assert progress_of(events) == ["n 1", "n 2", "n 3"]
+        assert len(answers_of(events)) == 1
+        assert disk.syncs - syncs < len(events) == 5
+
+
+@pytest.mark.promise("one-owner")
+async def test_what_a_session_has_queued_is_in_segments_before_it_is_released(tmp_path: Path) -> None:
+    disk, path = HeldDisk(), tmp_path / "events.db"
+    async with deadline(), Log(path, small(checkpoint_interval_s=NEVER_S), disk) as log:
+        await log.sessions.open("key", b"", "s/")
+        await log.append("other", b"")
+        disk.hold()
+        syncs = disk.syncs
+        writing = asyncio.create_task(log.append("other", b""))
+        await eventually(lambda: disk.syncs > syncs, "a sync")
+        added = log.add("s/1", b"queued", wait=False)
+        assert added is not None
+        assert added[1] is None
+        assert log.stored(added[0]) is not None
+        releasing = asyncio.create_task(log.sessions.release("key"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        disk.let_go()
+        await releasing
+        await writing
+        assert log.stored(added[0]) is None
+        assert [each.stream for each in log.stream_summaries()] == ["other", "s/1"]
+
+
+@pytest.mark.promise("memory-bounded")
+async def test_who_does_not_wait_has_to_once_a_thousand_events_are_queued(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with deadline(), Log(tmp_path / "events.db", LogOptions(checkpoint_interval_s=NEVER_S), disk) as log:
+        await log.append("s", b"")
+        disk.hold()
+        added = [log.add("s", b"", wait=False) for _ in range(1_001)]
+        disk.let_go()
+        waiters = [each[1] for each in added if each is not None]
+        assert [waiter is None for waiter in waiters] == [True] * 1_000 + [False]
+        await asyncio.gather(*(waiter for waiter in waiters if waiter is not None))
+        assert len(await payloads(log, "s")) == 1_002
