@@ -55,35 +55,36 @@ class Failure(NamedTuple):
 
 
 class _Batch:
-    """Events queued for one commit, in step, by so many `appends`, the first at `began_s`, and who waits for it.
+    """Events queued for one commit, in step, the first at `began_s`, and who waits for it.
 
-    Once it `is_decided` the events are shown, or their file was given up.
+    An append has a waiter, or is one of the `unheard`; who asked about one of those is a listener. Once it `is_decided`
+    the events are shown, or their file was given up.
     """
 
-    __slots__ = ("appends", "began_s", "frames", "ids", "is_decided", "owners", "waiters")
+    __slots__ = ("began_s", "frames", "ids", "is_decided", "listeners", "owners", "unheard", "waiters")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.frames: list[bytes] = []
         self.owners: list[StreamTail] = []
         self.waiters: list[asyncio.Future[None]] = []
+        self.listeners: list[asyncio.Future[None]] = []
+        self.unheard = 0
         self.began_s = 0.0
-        self.appends = 0
         self.is_decided = False
+
+    @property
+    def appends(self) -> int:
+        return len(self.waiters) + self.unheard
 
     def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
         self.ids += ids
         self.frames += frames
         self.owners += owners
 
-    def note_append(self) -> None:
-        if not self.appends:
-            self.began_s = time.monotonic()
-        self.appends += 1
-
     def release(self, error: Exception | None = None) -> None:
         """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
-        for waiter in self.waiters:
+        for waiter in (*self.waiters, *self.listeners):
             if not waiter.done():
                 try:
                     if error is None:
@@ -200,7 +201,9 @@ class GroupCommit:
             pending.owners.append(owner)
             if wait or len(pending.ids) > _MOST_UNHEARD:
                 return event_id, self._commit_of(pending)
-            pending.note_append()
+            pending.unheard += 1
+            if not pending.began_s:
+                pending.began_s = time.monotonic()
             self._schedule()
         return event_id, None
 
@@ -276,9 +279,9 @@ class GroupCommit:
         """Return what is done when an event of this lane is as durable as the options say; None when it is."""
         for batch in (self._pending, self._in_flight):
             if batch is not None and batch.ids and batch.ids[0] <= event_id <= batch.ids[-1]:
-                waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
-                batch.waiters.append(waiter)
-                return waiter
+                listener: asyncio.Future[None] = asyncio.Future(loop=self._loop)
+                batch.listeners.append(listener)
+                return listener
         return None
 
     async def flush(self) -> None:
@@ -291,7 +294,8 @@ class GroupCommit:
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""
         waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
-        batch.note_append()
+        if not batch.began_s:
+            batch.began_s = time.monotonic()
         batch.waiters.append(waiter)
         if self._alone and self._work.is_free:
             self._dispatch()
