@@ -101,22 +101,22 @@ _ORDERS: Final = [
     Mutation(
         "order: what a session has queued is written before it is released",
         "storage/checkpointer.py",
-        "        await self._commit.flush()\n",
+        "        await self._commit.flush(prefix)\n",
         "",
         (tests("mcp/test_outbox"),),
     ),
     Mutation(
         "order: a response leaves when its events are stored",
         "mcp/outbox.py",
-        "            if waiting is not None:\n                await waiting\n",
-        "",
+        "        return self._storing is None or self._storing.is_stored(event_id)\n",
+        "        return True\n",
         (tests("mcp/test_outbox"),),
     ),
     Mutation(
         "order: nothing of a response leaves before what waits",
         "mcp/outbox.py",
-        "        return self._sender is None and self._stored(self._session.newest) is None\n",
-        "        return self._stored(self._session.newest) is None\n",
+        "        if self._sender is None:\n            if self._is_stored(event_id):\n",
+        "        if self._sender is None or event_id == 0:\n            if self._is_stored(event_id):\n",
         (tests("mcp/test_outbox"),),
     ),
     Mutation(

@@ -52,8 +52,12 @@ class EventLog(Protocol):
         """Take an event; return its id and what to await. None when `append` is to be used."""
         ...
 
-    def stored(self, event_id: int) -> asyncio.Future[None] | None:
-        """Return what is done when an event is stored that was added without waiting; None when it is."""
+    def is_stored(self, event_id: int) -> bool:
+        """Whether an event is stored that was added without waiting."""
+        ...
+
+    async def until_stored(self, event_id: int) -> None:
+        """Return when it is."""
         ...
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:

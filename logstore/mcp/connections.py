@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from starlette.responses import Response
 from starlette.types import Message, Receive, Send
 
-from logstore.mcp.outbox import Outbox, Stored
+from logstore.mcp.outbox import Outbox, Storing
 from logstore.mcp.scope import RequestId, SessionScope
 
 logger = logging.getLogger("logstore.mcp")
@@ -33,6 +33,8 @@ _EMPTY_STREAM: Final[Message] = {
 _ID: Final = b"id: "
 _FINISH_S: Final = 1.0
 """What a client that does not read may hold up the end of its response."""
+_STORE_S: Final = 10.0
+"""What the disk may hold it up."""
 
 
 class _Envelope(msgspec.Struct):
@@ -75,7 +77,6 @@ class Connection:
 
     __slots__ = (
         "_again",
-        "_complete",
         "_ending",
         "_interrupted",
         "_outbox",
@@ -104,9 +105,7 @@ class Connection:
         self._ending = False
         self._interrupted = False
         self._starting: asyncio.Event | None = None
-        self._outbox: Outbox | None = None
-        # Whether the last part of the response was given to `send`.
-        self._complete = False
+        self._outbox = Outbox(self._pass_on)
         self.stream = ""
         self.began_ns = time.time_ns()
         # A client may send a byte at a time: put together once, not anew with each.
@@ -185,13 +184,13 @@ class Connection:
             if self.on_received is not None:
                 self.on_received(self)
 
-    def hold_back(self, session: SessionScope, stored: Stored) -> None:
+    def hold_back(self, session: SessionScope, storing: Storing) -> None:
         """Let no part of the body go out before the events of a session are stored that it may show."""
-        self._outbox = Outbox(self._pass_on, session, stored)
+        self._outbox.wait_for(session, storing)
 
     async def send(self, message: Message) -> None:
         """Send a part of the response; nothing goes out once the connection was ended."""
-        if self.ended or self._complete or self.finished:
+        if self.ended or self.finished:
             return
         if message["type"] == "http.response.start":
             await self._start(message)
@@ -199,12 +198,7 @@ class Connection:
         if self._starting is not None:
             # A ping, which another task sends, must not overtake the beginning.
             await self._starting.wait()
-        more = message.get("more_body", False)
-        self._complete = not more
-        if self._outbox is None or self._outbox.is_clear():
-            await self._pass_on(message)
-        else:
-            await self._outbox.put(message.get("body", b""), more=more)
+        await self._outbox.send(message)
 
     async def _pass_on(self, message: Message) -> None:
         """Give a part of the body to the server."""
@@ -241,44 +235,38 @@ class Connection:
         self._ending = True
         if not self.ended and (self.resumable or not (self.body or self._pieces)):
             self.ended = True
-            if self._outbox is not None:
-                self._outbox.clear()
+            self._outbox.drop()
             if self._receiving is not None:
                 self._interrupted = True
                 self._receiving.cancel()
 
     async def finish(self, last: bytes = b"") -> None:
-        """See to it that a response has an end that was begun, or ended before it began.
+        """See to it that a response has an end that was begun, or ended before it began; it is over then.
 
         Args:
             last: What to send before the end, if no event id went out.
         """
-        if self.finished or not (self.status or self.ended):
-            return
-        with anyio.move_on_after(_FINISH_S, shield=True):
-            try:
-                await self._finish(last)
-            except Exception as error:
-                # The server's own way to say that the client is gone.
-                logger.debug("a response could not be finished: %s", error)
-        self.finished = True
-        if self._outbox is not None:
+        try:
+            if not self.finished and (self.status or self.ended):
+                if not self.ended:
+                    with anyio.move_on_after(_STORE_S, shield=True):
+                        await self._outbox.stored()
+                with anyio.move_on_after(_FINISH_S, shield=True):
+                    await self._finish(last)
+        except Exception as error:
+            # The server's own way to say that the client is gone.
+            logger.debug("a response could not be finished: %s", error)
+        finally:
+            self.finished = self.finished or bool(self.status)
             self._outbox.close()
 
     async def _finish(self, last: bytes) -> None:
         if not self.status:
             await self._send(_EMPTY_STREAM)
-        outbox = self._outbox
-        if outbox is not None and (outbox.is_sending or not self.ended):
-            await outbox.empty()
-        if self.finished:
-            return
-        body = b"" if self.resumable else last
-        if outbox is None or self.ended or not body:
+        await self._outbox.settle()
+        if not self.finished:
+            body = last if self._outbox.may_show() and not self.resumable else b""
             await self._pass_on({**_END, "body": body})
-        else:
-            # The id of an event that may not be stored yet.
-            await outbox.put(body, more=False)
 
 
 class Connections:

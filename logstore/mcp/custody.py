@@ -275,8 +275,13 @@ class Custody:
 
     async def drain(self) -> None:
         """Let running calls finish for a while, then end them with an error."""
+        log = self._store.opened
         async for _ in _until(self._options.drain_s):
-            if not any(live.scope.running for live in self.live.values()):
+            # Until it is stored, an answer has not left either.
+            if all(
+                not live.scope.running and (log is None or log.is_stored(live.scope.newest))
+                for live in self.live.values()
+            ):
                 break
         self.closed = True
         lost: list[str] = []

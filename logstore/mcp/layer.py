@@ -137,8 +137,7 @@ class ResumeLayer:
         finally:
             if connection.stream:
                 self.connections.remove(connection)
-            if not connection.finished:
-                await connection.finish()
+            await connection.finish()
 
     # Requests that the SDK serves.
 
@@ -179,7 +178,7 @@ class ResumeLayer:
 
         connection.on_received = note
         if (log := self._store.opened) is not None:
-            connection.hold_back(session, log.stored)
+            connection.hold_back(session, log)
         if connection.received:
             connection.rewind()
             note(connection)

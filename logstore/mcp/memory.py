@@ -114,8 +114,12 @@ class MemoryLog:
         _check(stream, payload)
         return self._append(stream, payload, flags).id, None
 
-    def stored(self, event_id: int) -> None:
-        """Return that an event is stored, as every one is."""
+    def is_stored(self, event_id: int) -> bool:
+        """Whether an event is stored, which every one is."""
+        return True
+
+    async def until_stored(self, event_id: int) -> None:
+        """Return at once."""
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events and return their ids; all or none."""

@@ -35,7 +35,7 @@ class SessionScope:
         running: Names of the streams of requests that wait for their answer.
         primed: Ids of the priming events of streams whose first response has not ended, by name.
         unrecorded: The one stream id that is not stored: of the request by which a session is revived.
-        newest: Id of its newest event.
+        newest: Id of its newest event that may not be stored yet.
         closed: Whether nothing is stored for it any more: another process may serve it now.
     """
 

@@ -111,7 +111,7 @@ class Checkpointer:
         Raises:
             WriteFailedError: They cannot be brought there.
         """
-        await self._commit.flush()
+        await self._commit.flush(prefix)
         newest = self._tail.newest_unsegmented(prefix)
         while newest in self._tail.generations:
             failure = self._commit.failure

@@ -41,8 +41,10 @@ _WRITTEN_HERE_BYTES: Final = 256 << 10
 _SLOW_WRITE_S: Final = 0.02
 _NOT_HERE_S: Final = 5.0
 """For so long the journal's thread writes, once a write has kept the loop waiting: the disk is busy."""
-_MOST_UNHEARD: Final = 1_000
-"""So many events may be queued by who does not wait for them: a disk that is slow must not fill the memory."""
+_MOST_UNHEARD_BYTES: Final = 1 << 20
+"""So much may be queued by who does not wait for it: a disk that is slow must not fill the memory."""
+_EVENT_BYTES: Final = 400
+"""What an event takes in the queue besides its frame."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
@@ -61,7 +63,7 @@ class _Batch:
     the events are shown, or their file was given up.
     """
 
-    __slots__ = ("began_s", "frames", "ids", "is_decided", "listeners", "owners", "unheard", "waiters")
+    __slots__ = ("began_s", "frames", "ids", "is_decided", "listeners", "owners", "unheard", "unheard_bytes", "waiters")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -70,6 +72,7 @@ class _Batch:
         self.waiters: list[asyncio.Future[None]] = []
         self.listeners: list[asyncio.Future[None]] = []
         self.unheard = 0
+        self.unheard_bytes = 0
         self.began_s = 0.0
         self.is_decided = False
 
@@ -81,6 +84,15 @@ class _Batch:
         self.ids += ids
         self.frames += frames
         self.owners += owners
+
+    def takes_unheard(self, frame: bytes) -> bool:
+        """Count an event for which nobody waits, unless there are too many."""
+        self.unheard_bytes += len(frame) + _EVENT_BYTES
+        if self.unheard_bytes > _MOST_UNHEARD_BYTES:
+            return False
+        self.began_s = self.began_s or time.monotonic()
+        self.unheard += 1
+        return True
 
     def release(self, error: Exception | None = None) -> None:
         """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
@@ -181,7 +193,7 @@ class GroupCommit:
     ) -> tuple[int, asyncio.Future[None] | None]:
         """Add one event; return its id and what is done when it is as durable as the options say, None when it is.
 
-        With `wait=False` there is None also where `stored` tells it later, unless very much is queued.
+        With `wait=False` there is None also where `until_stored` tells it later, unless very much is queued.
 
         Not a coroutine: one more of them that is entered again after the commit would be a twentieth of an append.
         """
@@ -199,11 +211,8 @@ class GroupCommit:
             pending.ids.append(event_id)
             pending.frames.append(frame)
             pending.owners.append(owner)
-            if wait or len(pending.ids) > _MOST_UNHEARD:
+            if wait or not pending.takes_unheard(frame):
                 return event_id, self._commit_of(pending)
-            pending.unheard += 1
-            if not pending.began_s:
-                pending.began_s = time.monotonic()
             self._schedule()
         return event_id, None
 
@@ -275,21 +284,32 @@ class GroupCommit:
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
         self.on_bind()
 
-    def stored(self, event_id: int) -> asyncio.Future[None] | None:
-        """Return what is done when an event of this lane is as durable as the options say; None when it is."""
+    def is_stored(self, event_id: int) -> bool:
+        """Whether an event of this lane is as durable as the options say, or was refused."""
+        return self._batch_of(event_id) is None
+
+    async def until_stored(self, event_id: int) -> None:
+        """Return when it is."""
+        while (batch := self._batch_of(event_id)) is not None:
+            listener: asyncio.Future[None] = asyncio.Future(loop=self._loop)
+            batch.listeners.append(listener)
+            with contextlib.suppress(WriteFailedError):
+                await listener
+
+    def _batch_of(self, event_id: int) -> _Batch | None:
         for batch in (self._pending, self._in_flight):
             if batch is not None and batch.ids and batch.ids[0] <= event_id <= batch.ids[-1]:
-                listener: asyncio.Future[None] = asyncio.Future(loop=self._loop)
-                batch.listeners.append(listener)
-                return listener
+                return batch
         return None
 
-    async def flush(self) -> None:
-        """Return when every event that was added before is as durable as the options say, or was refused."""
-        newest = self._pending if self._pending.ids else self._in_flight
-        if newest is not None and (waiter := self.stored(newest.ids[-1])) is not None:
-            with contextlib.suppress(WriteFailedError):
-                await waiter
+    async def flush(self, prefix: str) -> None:
+        """Return when the events are stored that were added before to streams whose names begin so."""
+        for batch in (self._in_flight, self._pending):
+            if batch is not None:
+                for owner, event_id in zip(reversed(batch.owners), reversed(batch.ids), strict=True):
+                    if owner.name.startswith(prefix):
+                        await self.until_stored(event_id)
+                        break
 
     def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""

@@ -220,8 +220,8 @@ class Log:
             stream: As `append`.
             payload: As `append`.
             flags: As `append`.
-            wait: False for who asks `stored` later, before anybody is shown the id: nothing is to be awaited then, as
-                long as no thousand events are queued.
+            wait: False for who asks `is_stored` later, before anybody is shown the id: nothing is to be awaited then,
+                unless about a mebibyte is queued.
 
         Returns:
             None when there is something to wait for first, as before the first call: then `append` is to be used.
@@ -234,12 +234,17 @@ class Log:
             return None
         return parts.commit.add(stream, payload, flags, wait=wait)
 
-    def stored(self, event_id: int) -> asyncio.Future[None] | None:
-        """Return what is done when an event of this log is stored, as durably as `append` says; None when it is.
+    def is_stored(self, event_id: int) -> bool:
+        """Whether an event of this log is stored, as durably as `append` says, or was refused.
 
-        While the disk fails and the policy is `degrade` that is in memory; with `raise` the future raises.
+        While the disk fails and the policy is `degrade` it is in memory.
         """
-        return None if self._parts is None else self._parts.commit.stored(event_id)
+        return self._parts is None or self._parts.commit.is_stored(event_id)
+
+    async def until_stored(self, event_id: int) -> None:
+        """Return when it is."""
+        if self._parts is not None:
+            await self._parts.commit.until_stored(event_id)
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
         """Append events `(stream, payload, flags)` in one commit and return their ids in the order given.

@@ -13,7 +13,7 @@ from logstore.mcp.connections import Connection
 from logstore.mcp.outbox import Outbox
 from logstore.mcp.scope import SessionScope
 from logstore.storage import Log, LogOptions
-from tests.engine import deadline, eventually, payloads, small
+from tests.engine import deadline, eventually, small
 from tests.mcp.serving import Steps
 from tests.mcp.strict_client import StrictClient
 from tests.mcp.test_connections import never
@@ -36,13 +36,12 @@ class Response:
         self.may_send.set()
         self.problem: Exception | None = None
 
-    def stored(self, event_id: int) -> asyncio.Future[None] | None:
-        waiting = self.waiting.get(event_id)
-        # A waiter of its own for each, as the log gives.
-        return None if waiting is None else asyncio.ensure_future(self._until(waiting))
+    def is_stored(self, event_id: int) -> bool:
+        return event_id not in self.waiting
 
-    async def _until(self, waiting: asyncio.Future[None]) -> None:
-        await asyncio.shield(waiting)
+    async def until_stored(self, event_id: int) -> None:
+        if (waiting := self.waiting.get(event_id)) is not None:
+            await asyncio.shield(waiting)
 
     def add(self, event_id: int) -> None:
         """Add an event that is not stored yet."""
@@ -61,13 +60,15 @@ class Response:
         await self.may_send.wait()
 
     def outbox(self) -> Outbox:
-        return Outbox(self.send, self.session, self.stored)
+        outbox = Outbox(self.send)
+        outbox.wait_for(self.session, self)
+        return outbox
 
     async def connection(self, request: bytes = b"{}") -> Connection:
         """A connection whose response has begun."""
         connection = Connection(never, self.send)
         connection.body, connection.received = request, True
-        connection.hold_back(self.session, self.stored)
+        connection.hold_back(self.session, self)
         await connection.send(START)
         return connection
 
@@ -77,6 +78,11 @@ class Response:
         for _ in range(10):
             await asyncio.sleep(0)
         return self.sent == before
+
+
+def sending() -> list[str]:
+    """Return what runs of outboxes."""
+    return [repr(task) for task in asyncio.all_tasks() if "Outbox" in repr(task.get_coro())]
 
 
 def body(data: bytes, *, more: bool = True) -> Message:
@@ -142,8 +148,8 @@ async def test_a_client_that_does_not_read_holds_up_who_sends() -> None:
     outbox = response.outbox()
     async with deadline():
         response.add(1)
-        await outbox.put(bytes(40 << 10), more=True)
-        putting = asyncio.create_task(outbox.put(bytes(40 << 10), more=True))
+        await outbox.send(body(bytes(40 << 10)))
+        putting = asyncio.create_task(outbox.send(body(bytes(40 << 10))))
         assert await response.is_quiet()
         assert not putting.done()
         response.may_send.clear()
@@ -152,7 +158,8 @@ async def test_a_client_that_does_not_read_holds_up_who_sends() -> None:
         assert not putting.done()
         response.may_send.set()
         await putting
-        assert outbox.is_clear()
+        await outbox.send(body(b"", more=False))
+    assert [len(each) for each, _ in response.sent] == [80 << 10, 0]
 
 
 async def test_who_is_cancelled_takes_nothing_along() -> None:
@@ -160,14 +167,14 @@ async def test_who_is_cancelled_takes_nothing_along() -> None:
     outbox = response.outbox()
     async with deadline():
         response.add(1)
-        await outbox.put(b"1", more=True)
-        putting = asyncio.create_task(outbox.put(b"2", more=False))
+        await outbox.send(body(b"1"))
+        putting = asyncio.create_task(outbox.send(body(b"2", more=False)))
         await asyncio.sleep(0)
         putting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await putting
         response.store(1)
-        await outbox.empty()
+        await outbox.settle()
     assert response.sent == [(b"12", False)]
 
 
@@ -248,16 +255,84 @@ async def test_the_id_to_come_back_with_is_stored_before_it_leaves() -> None:
 
 
 async def test_a_response_whose_event_is_never_stored_ends_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logstore.mcp.connections._FINISH_S", 0)
+    monkeypatch.setattr("logstore.mcp.connections._STORE_S", 0)
     response = Response()
     async with deadline():
         connection = await response.connection()
         response.add(1)
         await connection.send(body(b"id: 1\r\n\r\n"))
         await connection.finish()
-        assert connection.finished
         response.store(1)
         assert await response.is_quiet()
+    assert response.sent == [(b"", False)]
+
+
+async def test_what_shows_nothing_waits_for_nothing() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        # The SDK looks at a notification when it has answered it.
+        await connection.send(body(b"", more=False))
+    assert response.sent == [(b"", False)]
+
+
+async def test_a_part_that_comes_late_does_not_open_the_response_again() -> None:
+    response = Response()
+    go = asyncio.Event()
+
+    async def wait(_: Message) -> None:
+        await go.wait()
+
+    connection = Connection(never, response.send)
+    connection.on_start = wait
+    response.add(1)
+    connection.hold_back(response.session, response)
+    async with deadline(), asyncio.TaskGroup() as tasks:
+        tasks.create_task(connection.send(START))
+        await asyncio.sleep(0)
+        tasks.create_task(connection.send(body(b"all", more=False)))
+        tasks.create_task(connection.send(body(b"ping")))
+        await asyncio.sleep(0)
+        go.set()
+        assert await response.is_quiet()
+        response.store(1)
+    assert response.sent == [(b"all", False)]
+
+
+async def test_the_end_of_a_request_leaves_nothing_running() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        response.may_send.clear()
+        ending = asyncio.create_task(connection.send(body(b"all", more=False)))
+        assert await response.is_quiet()
+        response.store(1)
+        await eventually(lambda: bool(response.sent), "the last part")
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        await connection.finish()
+        assert await response.is_quiet()
+        assert sending() == []
+
+
+async def test_who_finishes_may_be_cancelled() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        await connection.send(body(b"1"))
+        assert len(sending()) == 1
+        finishing = asyncio.create_task(connection.finish())
+        await asyncio.sleep(0)
+        finishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await finishing
+        response.store(1)
+        assert await response.is_quiet()
+        assert sending() == []
     assert response.sent == []
 
 
@@ -302,26 +377,56 @@ async def test_what_a_session_has_queued_is_in_segments_before_it_is_released(tm
         added = log.add("s/1", b"queued", wait=False)
         assert added is not None
         assert added[1] is None
-        assert log.stored(added[0]) is not None
+        assert not log.is_stored(added[0])
         releasing = asyncio.create_task(log.sessions.release("key"))
         for _ in range(10):
             await asyncio.sleep(0)
         disk.let_go()
         await releasing
         await writing
-        assert log.stored(added[0]) is None
+        assert log.is_stored(added[0])
         assert [each.stream for each in log.stream_summaries()] == ["other", "s/1"]
 
 
 @pytest.mark.promise("memory-bounded")
-async def test_who_does_not_wait_has_to_once_a_thousand_events_are_queued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 100 << 10])
+async def test_who_does_not_wait_has_to_once_much_is_queued(tmp_path: Path, size: int) -> None:
     disk = HeldDisk()
     async with deadline(), Log(tmp_path / "events.db", LogOptions(checkpoint_interval_s=NEVER_S), disk) as log:
         await log.append("s", b"")
         disk.hold()
-        added = [log.add("s", b"", wait=False) for _ in range(1_001)]
+        waiting: asyncio.Future[None] | None = None
+        taken = 0
+        while waiting is None:
+            added = log.add("s", bytes(size), wait=False)
+            assert added is not None
+            waiting = added[1]
+            taken += 1
         disk.let_go()
-        waiters = [each[1] for each in added if each is not None]
-        assert [waiter is None for waiter in waiters] == [True] * 1_000 + [False]
-        await asyncio.gather(*(waiter for waiter in waiters if waiter is not None))
-        assert len(await payloads(log, "s")) == 1_002
+        await waiting
+        assert taken == 11 if size else 2_000 < taken < 3_000
+        assert len(await log.read("s", limit=10_000)) == 1 + taken
+
+
+# Stopping.
+
+
+@pytest.mark.promise("drain")
+async def test_a_server_that_stops_waits_for_answers_that_are_not_on_disk(tmp_path: Path) -> None:
+    disk, steps = HeldDisk(), Steps()
+    store = PersistentEventStore(tmp_path / "events.db", disk=disk)
+    async with serving("mcpserver", steps, store) as (port, custody), StrictClient.connected(port) as client:
+        disk.hold()
+        syncs = disk.syncs
+        steps.allow(1)
+        async with client.call(1, "count", to=1, label="n") as stream:
+            await eventually(lambda: disk.syncs > syncs, "a sync")
+            (live,) = custody.live.values()
+            await eventually(lambda: not live.scope.running, "its answer")
+            draining = asyncio.create_task(custody.drain())
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not draining.done()
+            disk.let_go()
+            await draining
+            assert len(answers_of(await stream.rest())) == 1

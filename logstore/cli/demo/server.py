@@ -20,6 +20,7 @@ from logstore.cli.demo.account import text_of
 from logstore.errors import LogstoreError
 from logstore.mcp import PersistentEventStore, resumable_http_app
 from logstore.mcp.messages import decode
+from logstore.mcp.scope import current_session
 from logstore.storage import FLAG_FINAL, FLAG_PRIMING
 
 RETRY_MS = 250
@@ -50,23 +51,16 @@ def counting_server(store: PersistentEventStore, allowed: asyncio.Semaphore, tas
     @server.tool()
     async def count(steps: int, ctx: Context) -> str:
         """Count, and report every step."""
-        tasks.create_task(tell_what_is_stored(store, newest_stream(store, ctx.request_id)))
+        session = current_session.get()
+        assert session is not None, "the server is behind the resume layer"
+        # It may have no event yet that is stored: the tool need not wait for the disk.
+        tasks.create_task(tell_what_is_stored(store, session.name_of(ctx.request_id)))
         for step in range(1, steps + 1):
             await allowed.acquire()
             await ctx.report_progress(step, steps, f"step {step}")
         return f"counted {steps} steps"
 
     return server
-
-
-def newest_stream(store: PersistentEventStore, request_id: str) -> str:
-    """Return the name in the log of the running request's stream."""
-    streams = {
-        name: int(figures["last_event_id"])
-        for name, figures in store.get_stream_stats().items()
-        if name.endswith(f"/{request_id}")
-    }
-    return max(streams, key=streams.__getitem__)
 
 
 async def tell_what_is_stored(store: PersistentEventStore, stream: str) -> None:
