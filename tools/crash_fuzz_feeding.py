@@ -6,6 +6,8 @@ rest of the inputs is fed to the next child.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import mmap
 import os
@@ -35,6 +37,8 @@ TOLD: Final = 2
 """How many failures of one kind are told of; the others are counted."""
 _LOOK_S: Final = 0.5
 _NOT_MADE: Final = "could not begin"
+_ARENA_MAX: Final = -8
+"""`M_ARENA_MAX` of mallopt(3)."""
 _COUNTS: Final = struct.Struct("=3Q")
 _MEMORY_FOLDER: Final = Path("/dev/shm")
 
@@ -223,6 +227,10 @@ def _bound_memory(growth: int) -> None:
     except OSError:
         # Only Linux tells how much there is, and only there the bound means anything.
         return
+    # The GNU allocator answers a refused allocation with an arena of 64 MiB more, where one happens to fit: most of the
+    # bound would be gone, and the inputs that follow would be blamed for it.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
     limit = pages * resource.getpagesize() + growth
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
