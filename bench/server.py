@@ -121,7 +121,7 @@ def _paired(name: str) -> str:
 
 def tasks(full: bool) -> dict[str, Task]:
     """Return a task for each store, and the pairs."""
-    number, pairs, a_turn = (480, 16, 96) if full else (160, 6, 48)
+    number, pairs, a_turn = (480, 32, 96) if full else (160, 6, 48)
     names = [NO_STORE, *(name for name in PEERS if name not in _LEFT_OUT)] if full else _QUICK
     return {name: Task(calls, (name, number), tuple(set(PEERS) & {name})) for name in names} | {
         _paired(name): Task(pair, (name, pairs, a_turn)) for name in _PAIRED

@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 _FROM_SERVER: Final = get_context("forkserver")
 """Processes are forked from one that has imported what takes a second, and has done nothing else."""
-_FROM_SERVER.set_forkserver_preload(["bench.peers", "bench.serving"])
+_FROM_SERVER.set_forkserver_preload(["bench.peers", "bench.serving", "bench.frozen"])
 
 Figures = dict[str, float | list[float]]
 """What was measured at once, by name; the name ends with the unit. A list is a course over time."""

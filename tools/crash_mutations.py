@@ -115,8 +115,29 @@ _ORDERS: Final = [
     Mutation(
         "order: nothing of a response leaves before what waits",
         "mcp/outbox.py",
-        "        if self._sender is None:\n            if self._is_stored(event_id):\n",
-        "        if self._sender is None or event_id == 0:\n            if self._is_stored(event_id):\n",
+        "        event_id = max(self._session.newest if body else 0, self._parts[-1].event_id if self._parts else 0)\n",
+        "        event_id = self._session.newest if body else 0\n",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
+        "order: a response begins before its body",
+        "mcp/outbox.py",
+        "        if self._head is not None and not self._has_end():\n            await self._send_head(self._head)\n",
+        "",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
+        "order: what nobody waits for is committed in the end",
+        "storage/commit.py",
+        '                self._timers.start("linger", _LINGER_S, self._lingered)\n',
+        "                pass\n",
+        (tests("mcp/test_outbox"),),
+    ),
+    Mutation(
+        "order: what somebody waits for does not linger",
+        "storage/commit.py",
+        "            self._pending.want()\n            if self._sync_each:\n",
+        "            if self._sync_each:\n",
         (tests("mcp/test_outbox"),),
     ),
     Mutation(

@@ -201,7 +201,10 @@ class Connection:
         await self._outbox.send(message)
 
     async def _pass_on(self, message: Message) -> None:
-        """Give a part of the body to the server."""
+        """Give a part of the response to the server."""
+        if message["type"] == "http.response.start":
+            await self._send(message)
+            return
         if not message.get("more_body", False):
             self.finished = True
         await self._send(message)
@@ -217,12 +220,12 @@ class Connection:
     async def _start(self, message: Message) -> None:
         self.status = message["status"]
         if self.on_start is None:
-            await self._send(message)
+            await self._outbox.begin(message)
             return
         self._starting = asyncio.Event()
         try:
             await self.on_start(message)
-            await self._send(message)
+            await self._outbox.begin(message)
         finally:
             self._starting.set()
             self._starting = None

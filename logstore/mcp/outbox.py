@@ -1,8 +1,9 @@
-"""What a response has to say of events that are not stored yet: it leaves once they are.
+"""What a response has to say leaves once the events are stored that it shows, and together with what comes at once.
 
 The SDK waits for an event to be stored, and for a part of a response to be sent, before it does anything else for the
-session; so the events of a call would be committed one by one. It need not wait for either: what holds is that nothing
-leaves before it is stored. Events that come in a row are committed together then, and sent together.
+session; so the events of a call would be committed one by one, and sent in as many packets. It need not wait for
+either: what holds is that nothing leaves before it is stored. And what is to be sent waits some milliseconds for what
+follows, except a request and the end of a response: a call that is answered at once is one commit, and one piece.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from logstore.mcp.scope import SessionScope
 
 _MOST_BYTES: Final = 64 << 10
 """So much of one response may wait to be sent before the SDK waits, too."""
+_LINGER_S: Final = 0.005
+_MOST_LINGER_S: Final = 0.1
+_LINGER_TURNS: Final = 20
+"""A part waits for those behind it as long as so many turns of the loop take, within these bounds: a packet costs a
+server more than anything that this layer does. The way of an event through the SDK is some turns, and the busier the
+loop is, the longer they are."""
 
 
 class Storing(Protocol):
@@ -32,6 +39,15 @@ class Storing(Protocol):
         ...
 
 
+def _with_length(head: Message, length: int) -> Message:
+    """Return what begins a response with the length of its body: the server need not frame it, and write an end."""
+    headers = list(head.get("headers", ()))
+    for name, _ in headers:
+        if name.lower() == b"content-length":
+            return head
+    return {**head, "headers": [*headers, (b"content-length", b"%d" % length)]} if length else head
+
+
 class _Part(NamedTuple):
     """A part of the body, the event that it waits for, and whether others follow."""
 
@@ -41,21 +57,34 @@ class _Part(NamedTuple):
 
 
 class Outbox:
-    """Stands between who writes the body of one response and the server.
+    """Stands between who writes one response and the server.
 
     Args:
         send: Sends a message of the response.
     """
 
-    __slots__ = ("_bytes", "_complete", "_is_sending", "_parts", "_send", "_sender", "_session", "_storing")
+    __slots__ = (
+        "_bytes",
+        "_complete",
+        "_head",
+        "_is_sending",
+        "_lingering",
+        "_parts",
+        "_send",
+        "_sender",
+        "_session",
+        "_storing",
+    )
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._session: SessionScope | None = None
         self._storing: Storing | None = None
+        self._head: Message | None = None
         self._parts: deque[_Part] = deque()
         self._bytes = 0
         self._complete = False
+        self._lingering: asyncio.Handle | None = None
         self._sender: asyncio.Task[None] | None = None
         self._is_sending = False
 
@@ -64,8 +93,16 @@ class Outbox:
         self._session = session
         self._storing = storing
 
+    async def begin(self, head: Message) -> None:
+        """Send what begins the response, soon; nothing waits for the disk to send that."""
+        if self._session is None:
+            await self._send(head)
+            return
+        self._head = head
+        self._let_linger()
+
     async def send(self, message: Message) -> None:
-        """Send a part of the body behind those before it, as soon as it may leave.
+        """Send a part of the body behind those before it, once it may leave.
 
         Returns before that, unless it is the last part, or much waits, or one could not be sent: then when everything
         has been sent.
@@ -77,37 +114,87 @@ class Outbox:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         self._complete = not more
-        # What is empty shows nothing, as the answer to a notification: the SDK handles that only when it was sent.
-        event_id = self._session.newest if self._session is not None and body else 0
-        if self._sender is None:
-            if self._is_stored(event_id):
-                await self._send(message)
-                return
-            self._sender = asyncio.create_task(self._send_parts())
+        if self._session is None:
+            await self._send(message)
+            return
+        # What is empty shows nothing, as the answer to a notification; nothing leaves before what is before it.
+        event_id = max(self._session.newest if body else 0, self._parts[-1].event_id if self._parts else 0)
         self._parts.append(_Part(body, event_id, more))
         self._bytes += len(body)
-        if not more or self._bytes > _MOST_BYTES or self._sender.done():
+        if not more and self._sender is None:
+            # In place of a task: a hundredth of a call. What is left when this is cancelled, `settle` sends.
+            self._stop_lingering()
+            await self._send_parts()
+        elif not more or self._bytes > _MOST_BYTES or (self._sender is not None and self._sender.done()):
             # Who is cancelled here does not take along what others have put.
-            await asyncio.shield(self._sender)
+            await asyncio.shield(self._go())
+        elif b'"id":' in body and b'"method":' in body:
+            # A request: the server waits for what the client answers to it.
+            self._go()
+        else:
+            self._let_linger()
+
+    def _let_linger(self) -> None:
+        """Let what there is to be sent wait for what may be behind it."""
+        if self._lingering is None and self._sender is None:
+            loop = asyncio.get_running_loop()
+            self._lingering = loop.call_soon(self._linger, loop, loop.time())
+
+    def _linger(self, loop: asyncio.AbstractEventLoop, began_s: float) -> None:
+        """Wait for some turns of the loop, now that one has told how long they take."""
+        turns_s = _LINGER_TURNS * (loop.time() - began_s)
+        self._lingering = loop.call_later(min(max(_LINGER_S, turns_s), _MOST_LINGER_S), self._go)
+
+    def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+
+    def _go(self) -> asyncio.Task[None]:
+        """Have everything sent as soon as it may leave."""
+        self._stop_lingering()
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send_parts())
+        return self._sender
 
     def _is_stored(self, event_id: int) -> bool:
         return self._storing is None or self._storing.is_stored(event_id)
 
     async def _send_parts(self) -> None:
+        if self._head is not None and not self._has_end():
+            await self._send_head(self._head)
         while self._parts:
             if self._storing is not None:
-                await self._storing.until_stored(self._parts[0].event_id)
-            ready = list(takewhile(lambda part: self._is_stored(part.event_id), self._parts))
+                # Of a response that is complete all leaves together.
+                await self._storing.until_stored(self._parts[-1 if self._has_end() else 0].event_id)
+            ready = self._ready()
             if not ready:
                 continue
+            body, more = b"".join([part.body for part in ready]), ready[-1].more
+            if self._head is not None:
+                await self._send_head(self._head if more else _with_length(self._head, len(body)))
             for _ in ready:
                 self._parts.popleft()
-            body = b"".join([part.body for part in ready])
             self._is_sending = True
-            await self._send({"type": "http.response.body", "body": body, "more_body": ready[-1].more})
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
             self._is_sending = False
             self._bytes -= len(body)
         self._sender = None
+
+    def _ready(self) -> list[_Part]:
+        """Return the parts that may leave."""
+        if self._parts and self._is_stored(self._parts[-1].event_id):
+            # Events are stored in the order of their ids.
+            return list(self._parts)
+        return list(takewhile(lambda part: self._is_stored(part.event_id), self._parts))
+
+    def _has_end(self) -> bool:
+        """Whether the end of the response is among what waits."""
+        return bool(self._parts) and not self._parts[-1].more
+
+    async def _send_head(self, head: Message) -> None:
+        await self._send(head)
+        self._head = None
 
     def drop(self) -> None:
         """Drop what has not been sent."""
@@ -124,8 +211,10 @@ class Outbox:
         Raises:
             Exception: What the server's `send` raised.
         """
-        self._parts = deque(takewhile(lambda part: self._is_stored(part.event_id), self._parts))
-        if self._sender is not None and (self._parts or self._is_sending):
+        self._parts = deque(self._ready())
+        if self._parts or self._head is not None:
+            await asyncio.shield(self._go())
+        elif self._sender is not None and self._is_sending:
             await asyncio.shield(self._sender)
         self.close()
 
@@ -136,6 +225,7 @@ class Outbox:
     def close(self) -> None:
         """Send nothing more; the response is over."""
         self.drop()
+        self._stop_lingering()
         self._complete = True
         if self._sender is not None and not self._sender.cancel() and not self._sender.cancelled():
             # Looked at, so that asyncio does not report it: there is nobody to be told any more.

@@ -20,6 +20,7 @@ from threading import get_ident
 from typing import Final, NamedTuple
 
 from logstore.errors import StoreClosedError, WriteFailedError
+from logstore.storage.batch import Batch
 from logstore.storage.journal_work import JournalWork
 from logstore.storage.kernel_sync import KernelSync
 from logstore.storage.lane import Lane
@@ -41,10 +42,8 @@ _WRITTEN_HERE_BYTES: Final = 256 << 10
 _SLOW_WRITE_S: Final = 0.02
 _NOT_HERE_S: Final = 5.0
 """For so long the journal's thread writes, once a write has kept the loop waiting: the disk is busy."""
-_MOST_UNHEARD_BYTES: Final = 1 << 20
-"""So much may be queued by who does not wait for it: a disk that is slow must not fill the memory."""
-_EVENT_BYTES: Final = 400
-"""What an event takes in the queue besides its frame."""
+_LINGER_S: Final = 0.05
+"""For so long events wait for which nobody does, so that those behind them are committed with them."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
 
@@ -54,58 +53,6 @@ class Failure(NamedTuple):
 
     reason: str
     since_us: int
-
-
-class _Batch:
-    """Events queued for one commit, in step, the first at `began_s`, and who waits for it.
-
-    An append has a waiter, or is one of the `unheard`; who asked about one of those is a listener. Once it `is_decided`
-    the events are shown, or their file was given up.
-    """
-
-    __slots__ = ("began_s", "frames", "ids", "is_decided", "listeners", "owners", "unheard", "unheard_bytes", "waiters")
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.frames: list[bytes] = []
-        self.owners: list[StreamTail] = []
-        self.waiters: list[asyncio.Future[None]] = []
-        self.listeners: list[asyncio.Future[None]] = []
-        self.unheard = 0
-        self.unheard_bytes = 0
-        self.began_s = 0.0
-        self.is_decided = False
-
-    @property
-    def appends(self) -> int:
-        return len(self.waiters) + self.unheard
-
-    def add(self, ids: list[int], frames: list[bytes], owners: list[StreamTail]) -> None:
-        self.ids += ids
-        self.frames += frames
-        self.owners += owners
-
-    def takes_unheard(self, frame: bytes) -> bool:
-        """Count an event for which nobody waits, unless there are too many."""
-        self.unheard_bytes += len(frame) + _EVENT_BYTES
-        if self.unheard_bytes > _MOST_UNHEARD_BYTES:
-            return False
-        self.began_s = self.began_s or time.monotonic()
-        self.unheard += 1
-        return True
-
-    def release(self, error: Exception | None = None) -> None:
-        """Let the waiters go on; those that were cancelled have stopped waiting, their events are stored."""
-        for waiter in (*self.waiters, *self.listeners):
-            if not waiter.done():
-                try:
-                    if error is None:
-                        waiter.set_result(None)
-                    else:
-                        waiter.set_exception(error)
-                except RuntimeError:
-                    # Its loop was closed while it waited.
-                    continue
 
 
 class GroupCommit:
@@ -164,8 +111,8 @@ class GroupCommit:
         self._here_again_s = 0.0
         self._work = JournalWork(lane, kernel_sync, self._schedule)
         self._timers = Timers()
-        self._pending = _Batch()
-        self._in_flight: _Batch | None = None
+        self._pending = Batch()
+        self._in_flight: Batch | None = None
         self._scheduled = False
         # Whether the last commit was of one event: then it is not worth a turn of the loop to wait for others.
         self._alone = False
@@ -204,7 +151,7 @@ class GroupCommit:
         owner.last = event_id
         if self.failure is not None:
             self._show_volatile([event_id], [frame], [owner])
-        elif not self._sync_each and self._can_write_now(event_id):
+        elif wait and not self._sync_each and self._can_write_now(event_id):
             self._write_now([event_id], [frame], [owner])
         else:
             pending = self._pending
@@ -213,7 +160,8 @@ class GroupCommit:
             pending.owners.append(owner)
             if wait or not pending.takes_unheard(frame):
                 return event_id, self._commit_of(pending)
-            self._schedule()
+            if pending.unheard == 1:
+                self._timers.start("linger", _LINGER_S, self._lingered)
         return event_id, None
 
     def add_many(self, items: Sequence[tuple[str, bytes, int]]) -> tuple[list[int], asyncio.Future[None] | None]:
@@ -255,7 +203,7 @@ class GroupCommit:
                 # What is done to the journal belongs to the file that is given up next: its end must be known.
                 await self._settle()
             else:
-                self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), _Batch())
+                self._fail(OSError(f"the journal is full, and cannot be emptied into segments: {self.stuck}"), Batch())
         if self._closed:
             raise StoreClosedError("the store is closed")
         if self.failure is not None and self._raises:
@@ -276,8 +224,8 @@ class GroupCommit:
         self.room_changed()
         self._work.bind(running)
         self._scheduled = False
-        self._schedule()
         self._timers.bind(running)
+        self._lingered()
         if self._tail.generations:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
@@ -290,13 +238,25 @@ class GroupCommit:
 
     async def until_stored(self, event_id: int) -> None:
         """Return when it is."""
+        if self._batch_of(event_id) is self._pending:
+            self._pending.want()
+            if self._sync_each:
+                self._schedule()
+            else:
+                # There is no sync that others could share.
+                self._dispatch()
         while (batch := self._batch_of(event_id)) is not None:
             listener: asyncio.Future[None] = asyncio.Future(loop=self._loop)
             batch.listeners.append(listener)
             with contextlib.suppress(WriteFailedError):
                 await listener
 
-    def _batch_of(self, event_id: int) -> _Batch | None:
+    def _lingered(self) -> None:
+        if self._pending.ids:
+            self._pending.want()
+            self._schedule()
+
+    def _batch_of(self, event_id: int) -> Batch | None:
         for batch in (self._pending, self._in_flight):
             if batch is not None and batch.ids and batch.ids[0] <= event_id <= batch.ids[-1]:
                 return batch
@@ -311,11 +271,10 @@ class GroupCommit:
                         await self.until_stored(event_id)
                         break
 
-    def _commit_of(self, batch: _Batch) -> asyncio.Future[None]:
+    def _commit_of(self, batch: Batch) -> asyncio.Future[None]:
         """Return a future that is done when the batch is committed."""
         waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
-        if not batch.began_s:
-            batch.began_s = time.monotonic()
+        batch.want()
         batch.waiters.append(waiter)
         if self._alone and self._work.is_free:
             self._dispatch()
@@ -326,8 +285,8 @@ class GroupCommit:
     # Committing in batches.
 
     def _schedule(self) -> None:
-        """Hand the queue over once every task that runs in this turn of the loop has added to it."""
-        if not self._scheduled and self._work.is_free and self._pending.ids and self._loop is not None:
+        """Hand the queue over, if it is wanted, once every task that runs in this turn of the loop has added to it."""
+        if not self._scheduled and self._work.is_free and self._pending.is_wanted and self._loop is not None:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
 
@@ -336,6 +295,7 @@ class GroupCommit:
         if not (self._work.is_free and self._pending.ids):
             return
         batch = self._in_flight = self._pending
+        batch.want()
         self._alone = batch.appends == 1
         sync, self._sync_due = self._sync_each or self._sync_due, False
         started_s = time.monotonic()
@@ -346,13 +306,13 @@ class GroupCommit:
         ):
             self._commit_here(batch, sync, started_s)
         else:
-            self._pending = _Batch()
+            self._pending = Batch()
             self._work.give(lambda: self._commit(batch, sync), lambda result: self._committed(batch, sync, result))
 
-    def _commit_here(self, batch: _Batch, sync: bool, started_s: float) -> None:
+    def _commit_here(self, batch: Batch, sync: bool, started_s: float) -> None:
         """Write one batch in this turn of the loop; for the sync the loop does not wait. Errors are the waiters'."""
         written = functools.partial(self._written, batch, sync, started_s)
-        self._pending = _Batch()
+        self._pending = Batch()
         try:
             self._lane.write(batch.frames, batch.ids[-1])
             if (now_s := time.monotonic()) - started_s > _SLOW_WRITE_S:
@@ -368,7 +328,7 @@ class GroupCommit:
             if was_decided or not isinstance(error, Exception):
                 raise
 
-    def _written(self, batch: _Batch, sync: bool, started_s: float, error: BaseException | None) -> None:
+    def _written(self, batch: Batch, sync: bool, started_s: float, error: BaseException | None) -> None:
         """Show a batch that the loop has written, and synced if that was wanted; only the first call counts."""
         if batch.is_decided:
             return
@@ -385,7 +345,7 @@ class GroupCommit:
             raise
         self._committed(batch, sync, ordinal)
 
-    def _commit(self, batch: _Batch, sync: bool) -> int:
+    def _commit(self, batch: Batch, sync: bool) -> int:
         """Write one batch, in the journal's thread, and return the ordinal of the file that has it."""
         lane = self._lane
         started_s = time.monotonic()
@@ -406,7 +366,7 @@ class GroupCommit:
             reason = "the disk is slow, or the event loop was kept from its tasks"
             logger.warning("writing or syncing %s took %.1f s: %s", self._lane.journal.path, took_s, reason)
 
-    def _committed(self, batch: _Batch, synced: bool, result: int | BaseException) -> None:
+    def _committed(self, batch: Batch, synced: bool, result: int | BaseException) -> None:
         batch.is_decided = True
         self._in_flight = None
         if isinstance(result, BaseException):
@@ -414,7 +374,7 @@ class GroupCommit:
             return
         self._show(self._current(result), batch.ids, batch.frames, batch.owners, synced=synced)
         batch.release()
-        self.append_latencies.record(time.monotonic() - batch.began_s, batch.appends)
+        self.append_latencies.record(time.monotonic() - batch.wanted_s, batch.appends)
 
     def _current(self, ordinal: int) -> Generation:
         """Return the generation of the file just written; the ones before it are finished."""
@@ -472,7 +432,7 @@ class GroupCommit:
         try:
             lane.write(frames, ids[-1])
         except BaseException as error:
-            batch = _Batch()
+            batch = Batch()
             batch.add(ids, frames, owners)
             self._fail(error, batch)
             if not isinstance(error, OSError):
@@ -498,7 +458,7 @@ class GroupCommit:
 
         def synced(error: BaseException | None) -> None:
             if error is not None:
-                self._fail(error, _Batch())
+                self._fail(error, Batch())
             else:
                 generation.synced = len(generation.ids)
                 self._note_commit(started_s)
@@ -518,7 +478,7 @@ class GroupCommit:
 
     def _rotated(self, error: BaseException | None) -> None:
         if error is not None:
-            self._fail(error, _Batch())
+            self._fail(error, Batch())
             return
         for generation in self._tail.generations:
             if not generation.sealed:
@@ -542,7 +502,7 @@ class GroupCommit:
         assert self.failure is not None
         return WriteFailedError(f"the event was not stored: {self.failure.reason}")
 
-    def _fail(self, error: BaseException, batch: _Batch) -> None:
+    def _fail(self, error: BaseException, batch: Batch) -> None:
         """Note that the journal failed, and decide what becomes of everything that it may not hold."""
         if not isinstance(error, OSError):
             logger.error("a commit was broken off", exc_info=error)
@@ -555,7 +515,7 @@ class GroupCommit:
             self._tail.generation(self._lane.journal.header.number)
         for generation in self._unwritten.gather():
             self._seal(generation)
-        queued, self._pending = self._pending, _Batch()
+        queued, self._pending = self._pending, Batch()
         for failed in (batch, queued):
             if self._raises:
                 for owner in failed.owners:
@@ -625,7 +585,7 @@ class GroupCommit:
         if isinstance(result, BaseException):
             self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
             self._unwritten.not_written()
-            self._fail(result, _Batch())
+            self._fail(result, Batch())
             self._timers.start("rewrite", self._retry_s, self._start_rewrite)
             return
         if self.failure is not None:

@@ -12,10 +12,10 @@ from logstore.mcp import PersistentEventStore
 from logstore.mcp.connections import Connection
 from logstore.mcp.outbox import Outbox
 from logstore.mcp.scope import SessionScope
-from logstore.storage import Log, LogOptions
+from logstore.storage import Durability, Log, LogOptions
 from tests.engine import deadline, eventually, small
 from tests.mcp.serving import Steps
-from tests.mcp.strict_client import StrictClient
+from tests.mcp.strict_client import Sse, StrictClient
 from tests.mcp.test_connections import never
 from tests.mcp.test_http import answers_of, progress_of
 from tests.mcp.test_resume import serving
@@ -25,16 +25,30 @@ START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 NEVER_S = 1e9
 
 
+@pytest.fixture(autouse=True)
+def nothing_lingers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no part wait for those behind it; tests of that set their own time."""
+    linger(monkeypatch, 0)
+
+
+def linger(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for name in ("_LINGER_S", "_MOST_LINGER_S"):
+        monkeypatch.setattr(f"logstore.mcp.outbox.{name}", seconds)
+
+
 class Response:
     """A response, whose events are stored when a test says so, and whose server may fail or wait."""
 
     def __init__(self) -> None:
         self.session = SessionScope()
+        self.heads: list[Message] = []
         self.sent: list[tuple[bytes, bool]] = []
         self.waiting: dict[int, asyncio.Future[None]] = {}
         self.may_send = asyncio.Event()
         self.may_send.set()
         self.problem: Exception | None = None
+        # Whether a test sends parts of a body alone.
+        self.is_bare = False
 
     def is_stored(self, event_id: int) -> bool:
         return event_id not in self.waiting
@@ -55,11 +69,15 @@ class Response:
     async def send(self, message: Message) -> None:
         if self.problem is not None:
             raise self.problem
-        if message["type"] == "http.response.body":
-            self.sent.append((message["body"], message["more_body"]))
+        if message["type"] == "http.response.start":
+            self.heads.append(message)
+            return
+        assert self.heads or self.is_bare, "the beginning comes first"
+        self.sent.append((message["body"], message["more_body"]))
         await self.may_send.wait()
 
     def outbox(self) -> Outbox:
+        self.is_bare = True
         outbox = Outbox(self.send)
         outbox.wait_for(self.session, self)
         return outbox
@@ -112,14 +130,78 @@ async def test_parts_wait_for_their_events_and_leave_together() -> None:
         assert connection.resumable
 
 
-async def test_what_waits_for_nothing_leaves_at_once() -> None:
+async def test_what_waits_for_nothing_leaves_soon() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        await eventually(lambda: bool(response.heads), "the beginning")
+        await connection.send(body(b"a"))
+        await eventually(lambda: bool(response.sent), "a part")
+        await connection.send(body(b"b", more=False))
+        assert response.sent == [(b"a", True), (b"b", False)]
+        await connection.send(body(b"too late"))
+    assert response.heads == [START]
+    assert len(response.sent) == 2
+
+
+async def test_what_comes_in_a_row_leaves_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger(monkeypatch, NEVER_S)
     response = Response()
     connection = await response.connection()
-    await connection.send(body(b"a"))
-    await connection.send(body(b"b", more=False))
-    assert response.sent == [(b"a", True), (b"b", False)]
-    await connection.send(body(b"too late"))
-    assert len(response.sent) == 2
+    for part in (b"a", b"b"):
+        await connection.send(body(part))
+        assert await response.is_quiet()
+    await connection.send(body(b"", more=False))
+    assert response.sent == [(b"ab", False)]
+    # Its length is known by then: the server need not send it in pieces with an end of their own.
+    assert response.heads == [{**START, "headers": [(b"content-length", b"2")]}]
+
+
+async def test_the_length_that_a_response_has_is_its_own() -> None:
+    for headers, data in ([(b"Content-Length", b"2")], b"ok"), ([], b""):
+        response = Response()
+        connection = Connection(never, response.send)
+        connection.hold_back(response.session, response)
+        await connection.send({**START, "headers": headers})
+        await connection.send(body(data, more=False))
+        assert response.heads == [{**START, "headers": headers}]
+        assert response.sent == [(data, False)]
+
+
+async def test_what_the_server_waits_for_does_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger(monkeypatch, NEVER_S)
+    response = Response()
+    ask = b'data: {"jsonrpc":"2.0","id":7,"method":"sampling/createMessage"}'
+    async with deadline():
+        connection = await response.connection()
+        await connection.send(body(b"before, "))
+        await connection.send(body(ask))
+        await eventually(lambda: bool(response.sent), "the question")
+    assert response.sent == [(b"before, " + ask, True)]
+
+
+async def test_the_longer_a_turn_of_the_loop_takes_the_longer_a_part_lingers(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger(monkeypatch, 0)
+    monkeypatch.setattr("logstore.mcp.outbox._MOST_LINGER_S", NEVER_S)
+    for turns, is_held in ((NEVER_S * 1e6, True), (0, False)):
+        monkeypatch.setattr("logstore.mcp.outbox._LINGER_TURNS", turns)
+        response = Response()
+        connection = await response.connection()
+        await connection.send(body(b"a"))
+        assert await response.is_quiet() == is_held
+        assert response.sent == ([] if is_held else [(b"a", True)])
+        await connection.finish()
+
+
+async def test_a_response_that_is_ended_while_it_lingers_begins_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger(monkeypatch, NEVER_S)
+    response = Response()
+    connection = await response.connection(b"")
+    await connection.send(body(b"id: 1\r\n\r\n"))
+    connection.end()
+    await connection.finish()
+    assert response.heads == [START]
+    assert response.sent == [(b"", False)]
 
 
 async def test_no_part_overtakes_one_that_waits_or_is_being_sent() -> None:
@@ -199,6 +281,7 @@ async def test_of_a_connection_that_was_ended_nothing_leaves_but_its_end() -> No
     async with deadline():
         connection = await response.connection()
         await connection.send(body(b"id: 1\r\n\r\n"))
+        await eventually(lambda: bool(response.sent), "the id")
         response.add(2)
         await connection.send(body(b"id: 2\r\n\r\n"))
         ending = asyncio.create_task(connection.send(body(b"", more=False)))
@@ -207,9 +290,8 @@ async def test_of_a_connection_that_was_ended_nothing_leaves_but_its_end() -> No
         await connection.finish()
         assert response.sent == [(b"id: 1\r\n\r\n", True), (b"", False)]
         response.store(2)
-        assert await response.is_quiet()
-        with pytest.raises(asyncio.CancelledError):
-            await ending
+        await ending
+        assert len(response.sent) == 2
 
 
 async def test_a_connection_is_ended_behind_the_id_that_lets_its_client_come_back() -> None:
@@ -264,6 +346,23 @@ async def test_a_response_whose_event_is_never_stored_ends_without_it(monkeypatc
         await connection.finish()
         response.store(1)
         assert await response.is_quiet()
+    assert response.sent == [(b"", False)]
+
+
+async def test_a_response_that_is_never_stored_begins_and_ends_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger(monkeypatch, NEVER_S)
+    monkeypatch.setattr("logstore.mcp.connections._STORE_S", 0)
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        response.add(1)
+        answering = asyncio.create_task(connection.send(body(b"all", more=False)))
+        await asyncio.sleep(0)
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        await connection.finish()
+    assert response.heads == [START]
     assert response.sent == [(b"", False)]
 
 
@@ -324,7 +423,7 @@ async def test_who_finishes_may_be_cancelled() -> None:
         connection = await response.connection()
         response.add(1)
         await connection.send(body(b"1"))
-        assert len(sending()) == 1
+        await eventually(lambda: len(sending()) == 1, "who sends it")
         finishing = asyncio.create_task(connection.finish())
         await asyncio.sleep(0)
         finishing.cancel()
@@ -388,6 +487,35 @@ async def test_what_a_session_has_queued_is_in_segments_before_it_is_released(tm
         assert [each.stream for each in log.stream_summaries()] == ["other", "s/1"]
 
 
+@pytest.mark.parametrize("durability", ["always", "interval", "os"])
+async def test_what_nobody_waits_for_is_stored_soon_and_together(
+    tmp_path: Path, durability: Durability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logstore.storage.commit._LINGER_S", 0)
+    async with deadline(), Log(tmp_path / "events.db", LogOptions(durability=durability)) as log:
+        await log.append("s", b"")
+        commits = log.stats().commits
+        added = [log.add("s", b"queued", wait=False) for _ in range(3)]
+        assert not any(log.is_stored(each[0]) for each in added if each is not None)
+        await eventually(lambda: log.stats().commits > commits, "a commit")
+        assert log.stats().commits == commits + 1
+        assert len(await log.read("s")) == 4
+
+
+@pytest.mark.parametrize("durability", ["always", "interval", "os"])
+async def test_what_somebody_waits_for_is_stored_at_once(
+    tmp_path: Path, durability: Durability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logstore.storage.commit._LINGER_S", NEVER_S)
+    async with deadline(), Log(tmp_path / "events.db", LogOptions(durability=durability)) as log:
+        await log.append("s", b"")
+        added = log.add("s", b"queued", wait=False)
+        assert added is not None
+        await log.until_stored(added[0])
+        assert log.is_stored(added[0])
+        assert len(await log.read("s")) == 2
+
+
 @pytest.mark.promise("memory-bounded")
 @pytest.mark.parametrize("size", [0, 100 << 10])
 async def test_who_does_not_wait_has_to_once_much_is_queued(tmp_path: Path, size: int) -> None:
@@ -419,14 +547,19 @@ async def test_a_server_that_stops_waits_for_answers_that_are_not_on_disk(tmp_pa
         disk.hold()
         syncs = disk.syncs
         steps.allow(1)
-        async with client.call(1, "count", to=1, label="n") as stream:
-            await eventually(lambda: disk.syncs > syncs, "a sync")
-            (live,) = custody.live.values()
-            await eventually(lambda: not live.scope.running, "its answer")
-            draining = asyncio.create_task(custody.drain())
-            for _ in range(10):
-                await asyncio.sleep(0)
-            assert not draining.done()
-            disk.let_go()
-            await draining
-            assert len(answers_of(await stream.rest())) == 1
+
+        async def call() -> list[Sse]:
+            async with client.call(1, "count", to=1, label="n") as stream:
+                return await stream.rest()
+
+        calling = asyncio.create_task(call())
+        await eventually(lambda: disk.syncs > syncs, "a sync")
+        (live,) = custody.live.values()
+        await eventually(lambda: not live.scope.running, "its answer")
+        draining = asyncio.create_task(custody.drain())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not draining.done()
+        disk.let_go()
+        await draining
+        assert len(answers_of(await calling)) == 1
