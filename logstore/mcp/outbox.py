@@ -42,10 +42,9 @@ class Storing(Protocol):
 def _with_length(head: Message, length: int) -> Message:
     """Return what begins a response with the length of its body: the server need not frame it, and write an end."""
     headers = list(head.get("headers", ()))
-    for name, _ in headers:
-        if name.lower() == b"content-length":
-            return head
-    return {**head, "headers": [*headers, (b"content-length", b"%d" % length)]} if length else head
+    if not length or b"content-length" in [name.lower() for name, _ in headers]:
+        return head
+    return {**head, "headers": [*headers, (b"content-length", b"%d" % length)]}
 
 
 class _Part(NamedTuple):
@@ -122,7 +121,7 @@ class Outbox:
         self._parts.append(_Part(body, event_id, more))
         self._bytes += len(body)
         if not more and self._sender is None:
-            # In place of a task: a hundredth of a call. What is left when this is cancelled, `settle` sends.
+            # Without a task, a hundredth of a call. What has not been begun when this is cancelled, `settle` sends.
             self._stop_lingering()
             await self._send_parts()
         elif not more or self._bytes > _MOST_BYTES or (self._sender is not None and self._sender.done()):
@@ -141,7 +140,7 @@ class Outbox:
             self._lingering = loop.call_soon(self._linger, loop, loop.time())
 
     def _linger(self, loop: asyncio.AbstractEventLoop, began_s: float) -> None:
-        """Wait for some turns of the loop, now that one has told how long they take."""
+        """Wait for some turns of the loop: the one that has passed since tells how long they take."""
         turns_s = _LINGER_TURNS * (loop.time() - began_s)
         self._lingering = loop.call_later(min(max(_LINGER_S, turns_s), _MOST_LINGER_S), self._go)
 
@@ -161,25 +160,33 @@ class Outbox:
         return self._storing is None or self._storing.is_stored(event_id)
 
     async def _send_parts(self) -> None:
-        if self._head is not None and not self._has_end():
-            await self._send_head(self._head)
-        while self._parts:
-            if self._storing is not None:
-                # Of a response that is complete all leaves together.
-                await self._storing.until_stored(self._parts[-1 if self._has_end() else 0].event_id)
-            ready = self._ready()
-            if not ready:
-                continue
-            body, more = b"".join([part.body for part in ready]), ready[-1].more
-            if self._head is not None:
-                await self._send_head(self._head if more else _with_length(self._head, len(body)))
-            for _ in ready:
-                self._parts.popleft()
-            self._is_sending = True
-            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        while self._parts or self._head is not None:
+            is_whole = bool(self._parts) and not self._parts[-1].more
+            if self._storing is not None and (is_whole or self._head is None):
+                # What begins a response waits for nothing, unless all of it can leave together.
+                await self._storing.until_stored(self._parts[-1 if is_whole else 0].event_id)
+            # Taken first: nobody may drop a body whose length was told.
+            messages = self._take()
+            self._is_sending = bool(messages)
+            for message in messages:
+                await self._send(message)
             self._is_sending = False
-            self._bytes -= len(body)
         self._sender = None
+
+    def _take(self) -> list[Message]:
+        """Take what may leave, as messages for the server."""
+        ready = self._ready()
+        for _ in ready:
+            self._parts.popleft()
+        body, more = b"".join([part.body for part in ready]), not ready or ready[-1].more
+        self._bytes -= len(body)
+        messages: list[Message] = []
+        if self._head is not None:
+            messages.append(self._head if more else _with_length(self._head, len(body)))
+            self._head = None
+        if ready:
+            messages.append({"type": "http.response.body", "body": body, "more_body": more})
+        return messages
 
     def _ready(self) -> list[_Part]:
         """Return the parts that may leave."""
@@ -187,14 +194,6 @@ class Outbox:
             # Events are stored in the order of their ids.
             return list(self._parts)
         return list(takewhile(lambda part: self._is_stored(part.event_id), self._parts))
-
-    def _has_end(self) -> bool:
-        """Whether the end of the response is among what waits."""
-        return bool(self._parts) and not self._parts[-1].more
-
-    async def _send_head(self, head: Message) -> None:
-        await self._send(head)
-        self._head = None
 
     def drop(self) -> None:
         """Drop what has not been sent."""
@@ -210,12 +209,16 @@ class Outbox:
 
         Raises:
             Exception: What the server's `send` raised.
+            ConnectionError: Who sent was cancelled in the middle of it. What the server got is not known.
         """
+        if self._is_sending and self._sender is None:
+            raise ConnectionError("the response was cut off while it was being sent")
+        if self._sender is not None and not self._is_sending:
+            # It waits for the disk.
+            self._sender.cancel()
+            self._sender = None
         self._parts = deque(self._ready())
-        if self._parts or self._head is not None:
-            await asyncio.shield(self._go())
-        elif self._sender is not None and self._is_sending:
-            await asyncio.shield(self._sender)
+        await asyncio.shield(self._go())
         self.close()
 
     def may_show(self) -> bool:

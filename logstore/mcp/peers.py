@@ -331,8 +331,12 @@ class Peers:
         if isinstance(first, _Begun):
             raise _NoFrameError("a request begins twice")
         begun.set()
-        start: Message = {"type": "http.response.start", "status": first.status, "headers": first.headers}
-        if _is_stream(first.headers):
+        headers = first.headers
+        if is_stream := _is_stream(headers):
+            # The other worker may die before all of it has come.
+            headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+        start: Message = {"type": "http.response.start", "status": first.status, "headers": headers}
+        if is_stream:
             await connection.send(start)
         while not (connection.finished or connection.ended):
             part = await _read(reader, _decode_body)

@@ -42,7 +42,7 @@ _WRITTEN_HERE_BYTES: Final = 256 << 10
 _SLOW_WRITE_S: Final = 0.02
 _NOT_HERE_S: Final = 5.0
 """For so long the journal's thread writes, once a write has kept the loop waiting: the disk is busy."""
-_LINGER_S: Final = 0.05
+_LINGER_S: Final = 0.005
 """For so long events wait for which nobody does, so that those behind them are committed with them."""
 _TIMED_ONE_IN: Final = 64
 """Of the appends that write in the call: two looks at the clock cost a hundredth of such a one."""
@@ -158,10 +158,10 @@ class GroupCommit:
             pending.ids.append(event_id)
             pending.frames.append(frame)
             pending.owners.append(owner)
+            if not (wait or pending.unheard):
+                self._timers.start("linger", _LINGER_S, self._want_pending)
             if wait or not pending.takes_unheard(frame):
                 return event_id, self._commit_of(pending)
-            if pending.unheard == 1:
-                self._timers.start("linger", _LINGER_S, self._lingered)
         return event_id, None
 
     def add_many(self, items: Sequence[tuple[str, bytes, int]]) -> tuple[list[int], asyncio.Future[None] | None]:
@@ -225,7 +225,7 @@ class GroupCommit:
         self._work.bind(running)
         self._scheduled = False
         self._timers.bind(running)
-        self._lingered()
+        self._want_pending()
         if self._tail.generations:
             self._timers.start("sync", self._options.sync_interval_s, self._start_sync)
             self._timers.start("rotate", self._options.checkpoint_interval_s, self.rotate)
@@ -240,7 +240,7 @@ class GroupCommit:
         """Return when it is."""
         if self._batch_of(event_id) is self._pending:
             self._pending.want()
-            if self._sync_each:
+            if self._sync_each or self._is_turn_due():
                 self._schedule()
             else:
                 # There is no sync that others could share.
@@ -251,7 +251,7 @@ class GroupCommit:
             with contextlib.suppress(WriteFailedError):
                 await listener
 
-    def _lingered(self) -> None:
+    def _want_pending(self) -> None:
         if self._pending.ids:
             self._pending.want()
             self._schedule()
@@ -414,13 +414,20 @@ class GroupCommit:
 
     # Writing inside the call, in `interval` and `os` mode: three times the rate of a commit at the end of the turn.
 
-    def _can_write_now(self, event_id: int) -> bool:
-        # A task that appends without ever waiting keeps the loop, and with it the timers, to itself: it must wait for a
-        # commit now and then.
+    def _is_turn_due(self) -> bool:
+        """Whether the next append must wait for a turn of the loop.
+
+        A task that never waits keeps the loop, and with it the timers, to itself.
+        """
         now_s = time.monotonic()
-        if now_s - self._turn_s > self._options.sync_interval_s:
-            self._turn_s = now_s
-            self._sync_due = self._options.durability == "interval"
+        if now_s - self._turn_s <= self._options.sync_interval_s:
+            return False
+        self._turn_s = now_s
+        self._sync_due = self._options.durability == "interval"
+        return True
+
+    def _can_write_now(self, event_id: int) -> bool:
+        if self._is_turn_due():
             return False
         file_bytes = self._options.journal_file_bytes
         return self._work.is_free and not self._pending.ids and self._lane.can_write_inline(event_id, file_bytes)

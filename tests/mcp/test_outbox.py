@@ -47,6 +47,7 @@ class Response:
         self.may_send = asyncio.Event()
         self.may_send.set()
         self.problem: Exception | None = None
+        self.blocks_at_head = False
         # Whether a test sends parts of a body alone.
         self.is_bare = False
 
@@ -71,6 +72,8 @@ class Response:
             raise self.problem
         if message["type"] == "http.response.start":
             self.heads.append(message)
+            if self.blocks_at_head:
+                await self.may_send.wait()
             return
         assert self.heads or self.is_bare, "the beginning comes first"
         self.sent.append((message["body"], message["more_body"]))
@@ -190,7 +193,80 @@ async def test_the_longer_a_turn_of_the_loop_takes_the_longer_a_part_lingers(mon
         await connection.send(body(b"a"))
         assert await response.is_quiet() == is_held
         assert response.sent == ([] if is_held else [(b"a", True)])
+        assert response.heads == ([] if is_held else [START])
         await connection.finish()
+
+
+async def test_who_is_cancelled_while_sending_sends_nothing_twice() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        await eventually(lambda: bool(response.heads), "the beginning")
+        response.may_send.clear()
+        sending_all = asyncio.create_task(connection.send(body(b"all", more=False)))
+        await eventually(lambda: bool(response.sent), "the body")
+        sending_all.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending_all
+        response.may_send.set()
+        await connection.finish()
+    # What the server got is not known: its client sees a response without an end, and comes back.
+    assert response.heads == [START]
+    assert response.sent == [(b"all", False)]
+
+
+async def test_nobody_drops_a_body_whose_length_was_told() -> None:
+    response = Response()
+    response.blocks_at_head = True
+    async with deadline():
+        connection = await response.connection(b"")
+        response.may_send.clear()
+        sending_all = asyncio.create_task(connection.send(body(b"id: 1\r\n\r\n", more=False)))
+        await eventually(lambda: bool(response.heads), "the beginning")
+        connection.end()
+        response.may_send.set()
+        await sending_all
+        await connection.finish()
+    assert response.heads == [{**START, "headers": [(b"content-length", b"9")]}]
+    assert response.sent == [(b"id: 1\r\n\r\n", False)]
+
+
+async def test_a_response_that_was_whole_when_it_was_ended_has_a_beginning() -> None:
+    response = Response()
+    async with deadline():
+        connection = await response.connection(b"")
+        response.add(1)
+        # Somebody is to send it, and meets the end.
+        await connection.send(body(b'{"id":1,"method":"m"}'))
+        ending = asyncio.create_task(connection.send(body(b"", more=False)))
+        await asyncio.sleep(0)
+        connection.end()
+        await connection.finish()
+        response.store(1)
+        assert await response.is_quiet()
+        assert ending.done()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+    assert response.heads == [START]
+    assert response.sent == [(b"", False)]
+
+
+async def test_what_is_stored_of_a_whole_response_leaves_without_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logstore.mcp.connections._STORE_S", 0)
+    linger(monkeypatch, NEVER_S)
+    response = Response()
+    async with deadline():
+        connection = await response.connection()
+        await connection.send(body(b"id: 1\r\n\r\n"))
+        response.add(2)
+        await connection.send(body(b'{"id":1,"method":"m"}'))
+        ending = asyncio.create_task(connection.send(body(b"", more=False)))
+        await asyncio.sleep(0)
+        ending.cancel()
+        await connection.finish()
+        assert sending() == []
+    assert response.heads == [START]
+    assert response.sent == [(b"id: 1\r\n\r\n", True), (b"", False)]
 
 
 async def test_a_response_that_is_ended_while_it_lingers_begins_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

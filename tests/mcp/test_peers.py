@@ -204,6 +204,23 @@ async def test_a_worker_that_stops_sends_the_response_to_what_it_has_begun(tmp_p
     assert b"".join(message["body"] for message in client.sent[1:]) == b"work"
 
 
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/json"])
+async def test_the_length_of_a_stream_is_not_told_before_it_is_there(tmp_path: Path, kind: bytes) -> None:
+    client = Client(b"stream")
+    scope = {**SCOPE, "headers": [(b"content-type", kind), (b"content-length", b"6")]}
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        opened(tmp_path, 1, Host()) as one,
+        opened(tmp_path, 2, Host()),
+    ):
+        connection = Connection(client.receive, client.send)
+        assert await connection.read(1000)
+        await one.forward(2, scope, connection)
+    # The worker that has it may die half-way, and what is sent then has another length.
+    told = [name for name, _ in client.sent[0]["headers"]]
+    assert told == ([b"content-type"] if kind == b"text/event-stream" else [b"content-type", b"content-length"])
+
+
 @pytest.mark.promise("never-sent-twice")
 async def test_what_a_worker_had_begun_when_it_died_may_have_been_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
