@@ -17,6 +17,7 @@ from mcp_types import INVALID_REQUEST, ErrorData, JSONRPCError
 
 from logstore.errors import InvalidMessageError, InvalidStreamError, StoreClosedError
 from logstore.mcp.messages import Message, decode, encode, encode_substitute
+from logstore.mcp.outbox import Storing
 from logstore.mcp.scope import name_in_log
 from logstore.mcp.sdk import STANDALONE_STREAM, called_by_transport, is_transport_callback, split_transport_prefix
 from logstore.mcp.sessions import MemorySessions, SessionKeeper
@@ -39,7 +40,7 @@ _UNSCOPED: Final = (
 )
 
 
-class EventLog(Protocol):
+class EventLog(Storing, Protocol):
     """What a store asks of the log behind it; `logstore.storage.Log` tells more."""
 
     async def append(self, stream: str, payload: bytes, flags: int = 0) -> str:
@@ -50,14 +51,6 @@ class EventLog(Protocol):
         self, stream: str, payload: bytes, flags: int = 0, *, wait: bool = True
     ) -> tuple[int, asyncio.Future[None] | None] | None:
         """Take an event; return its id and what to await. None when `append` is to be used."""
-        ...
-
-    def is_stored(self, event_id: int) -> bool:
-        """Whether an event is stored that was added without waiting."""
-        ...
-
-    async def until_stored(self, event_id: int) -> None:
-        """Return when it is."""
         ...
 
     async def append_many(self, items: Sequence[tuple[str, bytes, int]]) -> list[str]:
